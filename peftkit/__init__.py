@@ -1,0 +1,77 @@
+"""peftkit: parameter-efficient fine-tuning you can check.
+
+The names below are the Python API; each is imported when it is first used, so `import peftkit` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkit.api import attach, trainable_parameters
+    from peftkit.artifacts.merge import merge
+    from peftkit.artifacts.predict import predict_rows
+    from peftkit.artifacts.store import load_run
+    from peftkit.backbones.load import BackboneSettings as Backbone
+    from peftkit.config import OutputSettings as Output
+    from peftkit.config import Run, read_run
+    from peftkit.config import TrainingSettings as Training
+    from peftkit.data.sources import DataSettings as Data
+    from peftkit.data.sources import splits_from
+    from peftkit.experiment import train
+    from peftkit.methods import Full, HeadOnly, LoRA
+    from peftkit.tasks import SequenceClassification, TokenClassification
+
+_HOMES = {
+    "Backbone": ("peftkit.backbones.load", "BackboneSettings"),
+    "Data": ("peftkit.data.sources", "DataSettings"),
+    "Full": ("peftkit.methods", "Full"),
+    "HeadOnly": ("peftkit.methods", "HeadOnly"),
+    "LoRA": ("peftkit.methods", "LoRA"),
+    "Output": ("peftkit.config", "OutputSettings"),
+    "Run": ("peftkit.config", "Run"),
+    "SequenceClassification": ("peftkit.tasks", "SequenceClassification"),
+    "TokenClassification": ("peftkit.tasks", "TokenClassification"),
+    "Training": ("peftkit.config", "TrainingSettings"),
+    "attach": ("peftkit.api", "attach"),
+    "load_run": ("peftkit.artifacts.store", "load_run"),
+    "merge": ("peftkit.artifacts.merge", "merge"),
+    "predict_rows": ("peftkit.artifacts.predict", "predict_rows"),
+    "read_run": ("peftkit.config", "read_run"),
+    "splits_from": ("peftkit.data.sources", "splits_from"),
+    "train": ("peftkit.experiment", "train"),
+    "trainable_parameters": ("peftkit.api", "trainable_parameters"),
+}
+
+__all__ = [
+    "Backbone",
+    "Data",
+    "Full",
+    "HeadOnly",
+    "LoRA",
+    "Output",
+    "Run",
+    "SequenceClassification",
+    "TokenClassification",
+    "Training",
+    "attach",
+    "load_run",
+    "merge",
+    "predict_rows",
+    "read_run",
+    "splits_from",
+    "train",
+    "trainable_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peftkit' has no attribute '{name}'")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""What is left of a run: the adapter, its manifest, the merged model, predictions."""

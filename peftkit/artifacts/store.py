@@ -1,0 +1,210 @@
+"""A finished run on disk: written once, read back and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.backbones.load import Backbone, Head, load
+from peftkit.config import Run, run_id
+from peftkit.config import load_run as load_config
+from peftkit.errors import ArtifactError, ConfigError, UsageError
+from peftkit.evaluation import Evaluation
+from peftkit.methods.base import trained_parameters
+from peftkit.session import MANIFEST, RUN_FILE
+from peftkit.training.loop import CHECKPOINTS, TrainRecord
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from peftkit.prepare import Prepared
+
+FORMAT = 1
+PREDICTIONS = "predictions.jsonl"
+SCORES = "scores.json"
+PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes")
+
+
+@dataclass
+class SavedRun:
+    """A run read back from disk, ready to predict."""
+
+    folder: Path
+    run: Run
+    manifest: dict[str, Any]
+    backbone: Backbone
+    model: nn.Module
+    head: Head
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        assert self.backbone.tokenizer is not None
+        return self.backbone.tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills batches up."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+
+def save(
+    run: Run,
+    data: Prepared,
+    backbone: Backbone,
+    model: nn.Module,
+    record: TrainRecord,
+    evaluations: dict[str, Evaluation],
+    accelerator: Accelerator,
+) -> Path:
+    """Write the run folder; the manifest comes last, so that its presence means the run is whole.
+
+    Args:
+        evaluations: by name: `majority`, `before`, `after`; the predictions of `after` are kept.
+
+    Returns:
+        The run folder.
+    """
+    folder = Path(str(run.output.folder))
+    if accelerator.is_main_process:
+        artifact = folder / run.method.artifact
+        _save_artifact(run, model, artifact)
+        _write_predictions(run, data, evaluations["after"], folder / PREDICTIONS)
+        scores = {name: evaluation.scores for name, evaluation in evaluations.items()}
+        _write_json(folder / SCORES, {name: dataclasses.asdict(one) for name, one in scores.items()})
+        manifest = {
+            "format": FORMAT,
+            "run_id": run_id(run),
+            "backbone": {
+                "name": backbone.name,
+                "revision": backbone.revision,
+                "weights_sha256": backbone.weights_sha256,
+            },
+            "task": run.task.kind,
+            "head": dataclasses.asdict(data.head),
+            "trained_heads": list(backbone.head_modules),
+            "method": run.method.model_dump(mode="json"),
+            "artifact": run.method.artifact,
+            "files": {str(file.relative_to(folder)): file_sha256(file) for file in sorted(artifact.iterdir())},
+            "evaluated_on": evaluations["after"].split.name,
+            "scores": {name: one.values for name, one in scores.items()},
+            "training": {
+                name: value
+                for name, value in dataclasses.asdict(record).items()
+                if name not in ("losses", "evaluations")
+            },
+            "notes": list(data.notes),
+            "versions": versions(),
+        }
+        _write_json(folder / MANIFEST, manifest)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if run.output.trackers:
+        accelerator.end_training()
+    return folder
+
+
+def load_run(folder: Path) -> SavedRun:
+    """The trained model of a finished run, on the backbone it was trained on.
+
+    Raises:
+        UsageError: `folder` is not a finished run.
+        ArtifactError: files changed since they were written, or the backbone's weights are others.
+    """
+    manifest = read_manifest(folder)
+    run = read_saved_config(folder)
+    _check_files(folder, manifest)
+    head = Head(manifest["head"]["model_class"], tuple(manifest["head"]["labels"]), manifest["head"]["pretokenized"])
+    backbone = load(run.backbone, head)
+    expected = manifest["backbone"]["weights_sha256"]
+    if backbone.weights_sha256 != expected:
+        raise ArtifactError(
+            f"{run.backbone.name} is not the backbone that {folder} was trained on: its weights hash to "
+            f"{backbone.weights_sha256[:12]}…, not {expected[:12]}…; restore those weights or set the same revision"
+        )
+    model = run.method.load(backbone, folder / manifest["artifact"]).eval()
+    return SavedRun(folder, run, manifest, backbone, model, head)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished run."""
+    if not folder.is_dir():
+        raise UsageError(f"no run folder {folder}")
+    file = folder / MANIFEST
+    if not file.is_file():
+        state = "is not finished: run its command again" if (folder / RUN_FILE).is_file() else "is not a run folder"
+        raise UsageError(f"{folder} {state} (it has no {MANIFEST})")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{file} has format {manifest.get('format')}; this peftkit reads format {FORMAT}")
+    return manifest
+
+
+def read_saved_config(folder: Path) -> Run:
+    """The resolved configuration of a run."""
+    try:
+        return load_config(folder / RUN_FILE)
+    except ConfigError as error:
+        raise ArtifactError(f"{folder / RUN_FILE} does not fit this version of peftkit: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def file_sha256(file: Path) -> str:
+    """The hash of one file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _save_artifact(run: Run, model: nn.Module, artifact: Path) -> None:
+    if not trained_parameters(model):
+        raise ArtifactError("nothing was trained; there is nothing to save")
+    partial = artifact.with_name(f".{artifact.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    run.method.save(model, partial)
+    shutil.rmtree(artifact, ignore_errors=True)
+    partial.rename(artifact)
+
+
+def _write_predictions(run: Run, data: Prepared, evaluation: Evaluation, file: Path) -> None:
+    rows = evaluation.split.rows
+    references = run.task.references(rows, data.labels)
+    with file.open("w", encoding="utf-8") as stream:
+        for index, (prediction, reference) in enumerate(zip(evaluation.predictions, references, strict=True)):
+            line = {
+                "index": index,
+                "place": rows.where(index),
+                "reference": reference,
+                "prediction": prediction,
+            }
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(file)
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing; the run is not whole")
+        if file_sha256(file) != expected:
+            raise ArtifactError(f"{file} changed after it was written (its sha256 differs from {MANIFEST}'s)")

@@ -1,0 +1,254 @@
+"""A backbone: a pretrained model with its tokenizer, and what is known about both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftkit.backbones.bundled import bundle_named, fetch
+from peftkit.backbones.layouts import Layout, head_modules, layout_for
+from peftkit.errors import BackboneError, UsageError
+from peftkit.schema import Section
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+BUNDLED = "bundled:"
+CONFIG = "config.json"
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+class BackboneSettings(Section):
+    """Which pretrained model, and how it is held in memory."""
+
+    name: str
+    """`bundled:minilm`, a folder, or a hub id such as FacebookAI/roberta-base."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a task puts on top of the backbone."""
+
+    model_class: str
+    """A transformers auto class, such as AutoModelForSequenceClassification."""
+    labels: tuple[str, ...]
+    pretokenized: bool = False
+    """The task's texts come as words, not as one string."""
+
+
+@dataclass
+class Backbone:
+    """A pretrained model, ready for a method to be attached."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    layout: Layout
+    head_modules: tuple[str, ...]
+    """Modules that are trained and saved with every method: the head, and whatever the checkpoint lacked."""
+    name: str = ""
+    revision: str | None = None
+    weights_sha256: str = ""
+
+
+def load(settings: BackboneSettings, head: Head) -> Backbone:
+    """Load weights and put the task's head on them. A new head is drawn from torch's global generator.
+
+    Raises:
+        BackboneError: no such model, no safetensors weights, or weights of the blocks missing.
+    """
+    import torch
+
+    folder = resolve(settings)
+    config = read_config(folder)
+    layout = layout_for(config.model_type)
+    files = weight_files(folder)
+    tokenizer = load_tokenizer(settings, head.pretokenized)
+    model, fresh = _load_model(folder, config, head, getattr(torch, settings.dtype))
+    _pad_token(model, tokenizer)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        layout=layout,
+        head_modules=_trained_heads(model, fresh, folder),
+        name=settings.name,
+        revision=_revision(settings, folder),
+        weights_sha256=weights_sha256(files),
+    )
+
+
+def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Backbone:
+    """A Backbone around a transformers model that the caller loaded."""
+    config: Any = model.config
+    return Backbone(model, tokenizer, layout_for(config.model_type, model), head_modules(model))
+
+
+def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> PreTrainedTokenizerBase:
+    """The backbone's fast tokenizer. A missing padding token becomes the end token; attention masks tell them apart."""
+    from transformers import AutoTokenizer
+
+    folder = resolve(settings)
+    # byte-level BPE glues a word to the space before it; words given one by one need that space
+    extra = {"add_prefix_space": True} if pretokenized else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BackboneError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise BackboneError(f"{folder} has no fast tokenizer (tokenizer.json), which aligning words needs")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve(settings: BackboneSettings, files: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder that holds the backbone; downloads it (from a hub only `files`) if need be."""
+    name = settings.name
+    if name.startswith(BUNDLED):
+        if bundle_named(name).kind != "backbone":
+            raise UsageError(f"{name} is a data set, not a backbone; name it under task.data.name")
+        return fetch(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"backbone.name: no folder {folder}")
+    return _from_hub(settings, files)
+
+
+def resolve_config(settings: BackboneSettings) -> Path:
+    """A local folder that holds the backbone's config.json; from the hub, nothing else is downloaded."""
+    return resolve(settings, ("config.json",))
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration, of an architecture that transformers itself knows."""
+    from transformers import AutoConfig
+
+    if not (folder / CONFIG).is_file():
+        raise BackboneError(f"{folder} has no {CONFIG}; name the folder that holds the model")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(
+            f"{folder / CONFIG} is not a configuration transformers knows: {_first_line(error)}"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in name order; never pickled weights."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    hint = (
+        f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors first"
+        if pickled
+        else "; it needs model.safetensors (or its shards)"
+    )
+    raise BackboneError(f"no weights in {folder}{hint}")
+
+
+def weights_sha256(files: Iterable[Path]) -> str:
+    """One hash over the names and contents of weight files."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
+    """The model's shapes without its weights: parameters on the meta device. Without a head, the bare backbone."""
+    import torch
+    import transformers
+
+    auto = getattr(transformers, head.model_class if head else "AutoModel")
+    if head:
+        config.num_labels = len(head.labels)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto.from_config(config)
+    except ValueError as error:
+        raise BackboneError(f"'{config.model_type}' cannot serve this task: {_first_line(error)}") from error
+    return model
+
+
+def _load_model(folder: Path, config: PretrainedConfig, head: Head, dtype: Any) -> tuple[nn.Module, set[str]]:
+    """The model, and the names of the parameters that the checkpoint did not have."""
+    import transformers
+    from transformers.utils import logging
+
+    config.num_labels = len(head.labels)
+    config.id2label = dict(enumerate(head.labels))
+    config.label2id = {label: index for index, label in enumerate(head.labels)}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = getattr(transformers, head.model_class).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged checkpoint
+        raise BackboneError(f"cannot load {folder} as {head.model_class}: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]) | mismatched
+
+
+def _trained_heads(model: nn.Module, fresh: set[str], folder: Path) -> tuple[str, ...]:
+    """Head modules, plus a pooler that the checkpoint lacked: random weights that stay random ruin a run."""
+    heads = list(head_modules(model))
+    for name in sorted(fresh):
+        if any(name.startswith(f"{head}.") for head in heads):
+            continue
+        pooler = name[: name.index("pooler") + len("pooler")] if "pooler" in name else None
+        if pooler is None:
+            raise BackboneError(f"the checkpoint in {folder} lacks '{name}', a weight of the backbone itself")
+        heads.append(pooler)
+    return tuple(heads)
+
+
+def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _revision(settings: BackboneSettings, folder: Path) -> str | None:
+    """The commit that was loaded, for a hub model; hub snapshots are folders named by their commit."""
+    if settings.name.startswith(BUNDLED):
+        return bundle_named(settings.name).version
+    return folder.name if folder.parent.name == "snapshots" else settings.revision
+
+
+def _from_hub(settings: BackboneSettings, files: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                settings.name, revision=settings.revision, allow_patterns=list(files), ignore_patterns=["*/*"]
+            )
+        )
+    except Exception as error:  # huggingface_hub raises its own, httpx's and OS errors alike
+        raise BackboneError(
+            f"cannot get '{settings.name}' from the hub: {_first_line(error)}; it is neither a folder here nor "
+            "`bundled:` (`peftkit fetch --list`)"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,239 @@
+"""The command line. Each verb calls one function; heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftkit.console import guard, say
+from peftkit.errors import UsageError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 for failure, 2 for usage, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    return guard(lambda: options.command(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    from peftkit.config import load_run
+
+    run = load_run(options.config, options.overrides)
+    from peftkit.experiment import train as train_run
+
+    train_run(run)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.store import load_run
+
+    saved = load_run(options.run)
+    from peftkit.artifacts.predict import evaluate_rows
+    from peftkit.data.files import read_file
+    from peftkit.report import per_class_table, scores_table
+
+    if options.data:
+        rows, name = read_file(options.data), str(options.data)
+    else:
+        splits = saved.run.task.splits()
+        rows, name = (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
+    scores = evaluate_rows(saved, rows, name).scores
+    if options.json:
+        say(json.dumps({"data": name, "scores": scores.values, "per_class": scores.per_class}, indent=2))
+        return
+    say(scores_table({str(options.run): scores}, name))
+    say()
+    say(per_class_table(scores))
+
+
+def predict(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.predict import predict_rows
+    from peftkit.artifacts.store import load_run
+
+    if options.texts and options.file:
+        raise UsageError("give texts or --file, not both")
+    if not options.texts and not options.file and sys.stdin.isatty():
+        raise UsageError("no text: give texts, --file FILE, or pipe one text a line into stdin")
+    saved = load_run(options.run)
+    rows = _input_rows(options, saved.run.task)
+    for row in predict_rows(saved, rows):
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def merge(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.merge import check_target
+    from peftkit.artifacts.merge import merge as merge_run
+    from peftkit.artifacts.store import load_run, read_manifest
+
+    read_manifest(options.run)
+    check_target(options.run, options.target)
+    saved = load_run(options.run)
+    splits = saved.run.task.splits()
+    probe = splits.test if splits.test is not None else splits.dev
+    if options.probe_rows:
+        probe = probe.head(options.probe_rows)
+    result = merge_run(saved, options.target, probe)
+    say(
+        f"{result.equal_predictions:,} of {result.rows:,} predictions equal after re-reading; largest logit difference "
+        f"{result.largest_difference:.2g} ({result.relative:.2g} relative, {result.tolerance:g} allowed)"
+    )
+    say(f"wrote {options.target}: transformers.{result.model_class}.from_pretrained('{options.target}')")
+    if result.pooling == "mean":
+        say("pooling is `mean`: average its token logits over the attention mask")
+
+
+def params(options: argparse.Namespace) -> None:
+    from peftkit.planning.parameters import count_methods
+    from peftkit.report import table
+
+    counts = count_methods(options.backbone, options.method, options.task, options.labels)
+    if options.json:
+        print(json.dumps([one.as_dict() for one in counts], indent=2))
+        return
+    columns = ("adapter", "head", "trainable", "saved", "backbone")
+    rows = [
+        [
+            one.method,
+            *(f"{getattr(one, f'{name}_parameters'):,}" for name in columns),
+            f"{one.trainable_percent:.4f} %",
+        ]
+        for one in counts
+    ]
+    print(table([["method", *columns, "trainable share"], *rows]))
+
+
+def fetch(options: argparse.Namespace) -> None:
+    from peftkit.backbones import bundled
+    from peftkit.report import table
+
+    if options.list or not options.names:
+        rows = [[f"bundled:{b.name}", b.kind, b.license, b.summary] for b in bundled.BUNDLES.values()]
+        print(table([["name", "kind", "license", ""], *rows]))
+        return
+    for bundle in [bundled.bundle_named(name) for name in options.names]:
+        print(f"bundled:{bundle.name}  {bundled.fetch(bundle.name)}")
+
+
+def validate(options: argparse.Namespace) -> None:
+    from peftkit.config import load_run, run_id
+    from peftkit.data.sources import missing_files
+
+    run = load_run(options.config, options.overrides)
+    say(f"{options.config}: valid (run {run_id(run)})")
+    for problem in missing_files(run.task.data):
+        say(f"not on this machine: {problem}")
+
+
+def schema(options: argparse.Namespace) -> None:
+    from peftkit.config import Run
+
+    print(json.dumps(Run.model_json_schema(), indent=2))
+
+
+def list_recipes(options: argparse.Namespace) -> None:
+    from peftkit.shipped import configs, recipes
+
+    for title, files in (("recipes", recipes()), ("configs", configs())):
+        print(title)
+        for file, summary in files.items():
+            print(f"  {file.name:24} {summary}")
+
+
+def copy_config(options: argparse.Namespace) -> None:
+    from peftkit.shipped import copy
+
+    say(f"wrote {copy(options.name, options.target)}")
+
+
+def environment(options: argparse.Namespace) -> None:
+    from peftkit.environment import describe
+
+    print(json.dumps(describe(), indent=2))
+
+
+def _input_rows(options: argparse.Namespace, task: Any) -> Any:
+    from peftkit.data.files import read_file
+
+    if options.file and options.file.suffix not in ("", ".txt"):
+        return read_file(options.file)
+    if options.texts:
+        return task.rows_from_text(options.texts, options.text_pair)
+    lines = _lines(options.file.open(encoding="utf-8") if options.file else sys.stdin)
+    if task_pairs := getattr(task, "text_pair", None):
+        halves = [line.split("\t") for line in lines]
+        if any(len(half) != 2 for half in halves):
+            raise UsageError(f"each line must be the text, a tab, and the second text ('{task_pairs}')")
+        return task.rows_from_text([one for one, _ in halves], [two for _, two in halves])
+    return task.rows_from_text(lines)
+
+
+def _lines(stream: Iterable[str]) -> list[str]:
+    lines = [line.rstrip("\n") for line in stream if line.strip()]
+    if not lines:
+        raise UsageError("no text: the input is empty")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peftkit", description="Parameter-efficient fine-tuning you can check.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, command: Command, summary: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        one.set_defaults(command=command)
+        return one
+
+    for name, command, summary in (
+        ("train", train, "Train, evaluate and save the run that a configuration describes."),
+        ("validate", validate, "Check a configuration: every problem at once, with file and line."),
+    ):
+        one = verb(name, command, summary)
+        one.add_argument("config", type=Path, metavar="CONFIG")
+        one.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the file")
+
+    one = verb("evaluate", evaluate, "Score a saved run on its test split, or on any file with its columns.")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("--data", type=Path, metavar="FILE")
+    one.add_argument("--json", action="store_true")
+
+    one = verb("predict", predict, "Labels and probabilities for texts, a file, or stdin; one JSON object a line.")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("texts", nargs="*", metavar="TEXT")
+    one.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text, once for each TEXT")
+    one.add_argument("--file", type=Path, help="a table with the run's columns, or one text a line (.txt)")
+
+    one = verb("merge", merge, "Write a run as one plain transformers model, read it back and compare.")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("target", type=Path, metavar="OUT")
+    one.add_argument("--probe-rows", type=int, metavar="N", help="compare on the first N test rows (default: all)")
+
+    one = verb("params", params, "Exact parameter counts of methods on a backbone, from its configuration alone.")
+    one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")
+    one.add_argument("--method", action="append", required=True, metavar="KIND[:key=value,…]")
+    one.add_argument("--task", metavar="KIND", help="put this task's head on; without it there is no head")
+    one.add_argument("--labels", type=int, default=2, metavar="N", help="outputs of the head (default: 2)")
+    one.add_argument("--json", action="store_true")
+
+    one = verb("fetch", fetch, "Get bundled backbones and data sets ahead of time; without a name, list them.")
+    one.add_argument("names", nargs="*", metavar="NAME")
+    one.add_argument("--list", action="store_true", help="list what there is")
+
+    verb("ls", list_recipes, "List the recipes and configurations that come with peftkit.")
+    one = verb("cp", copy_config, "Copy a shipped recipe or configuration here, to edit it.")
+    one.add_argument("name", metavar="NAME")
+    one.add_argument("target", type=Path, nargs="?", metavar="FILE")
+    verb("schema", schema, "Print the JSON Schema of configurations, for editors.")
+    verb("env", environment, "Print versions and devices, for bug reports.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Everything peftkit refuses, as one tree.
+
+    PeftkitError                exit code 1: the work failed
+    ├── UsageError              exit code 2: what was asked for is wrong
+    │   └── ConfigError         one or more problems in a configuration, reported together
+    ├── DataError               rows, columns, labels
+    ├── BackboneError           weights, tokenizer, architecture
+    │   └── FetchError          a bundled backbone or data set could not be had
+    ├── MethodError             a method that cannot be attached, saved or loaded
+    │   └── NotMergeable        the method has no merged form
+    ├── TrainingError           a run that would be worthless if it went on
+    └── ArtifactError           a run folder, adapter or merged model
+
+Every message says what is wrong, where, and how to mend it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PeftkitError(Exception):
+    """Base of all errors that peftkit raises on purpose. `exit_code` is the command line's."""
+
+    exit_code = 1
+
+
+class UsageError(PeftkitError):
+    """The request itself is wrong: an argument, a file name, a configuration."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """One or more problems in a configuration, all of them at once."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(PeftkitError):
+    """Rows that cannot be read, or that would make the run worthless."""
+
+
+class BackboneError(PeftkitError):
+    """A pretrained model that cannot be had, read or understood."""
+
+
+class FetchError(BackboneError):
+    """A bundled file that could not be downloaded, verified or unpacked."""
+
+
+class MethodError(PeftkitError):
+    """A fine-tuning method that cannot be attached, saved or loaded."""
+
+
+class NotMergeable(MethodError):
+    """The method has no merged form; the message says what to ship instead."""
+
+
+class TrainingError(PeftkitError):
+    """A run that would be worthless if it went on."""
+
+
+class ArtifactError(PeftkitError):
+    """A run folder, adapter or merged model that cannot be written, read or trusted."""

@@ -1,0 +1,62 @@
+"""The whole path in one call, for the command line and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.artifacts.store import save
+from peftkit.backbones.load import load
+from peftkit.config import Run
+from peftkit.data.sources import Splits
+from peftkit.evaluation import Evaluation, evaluate, majority
+from peftkit.prepare import prepare
+from peftkit.report import announce, report
+from peftkit.session import start
+from peftkit.training.loop import TrainRecord
+from peftkit.training.loop import train as train_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    model: nn.Module
+    record: TrainRecord
+    evaluations: dict[str, Evaluation]
+    """`majority`, `before` and `after` training."""
+
+    @property
+    def score(self) -> float:
+        """The task's headline figure after training."""
+        return self.evaluations["after"].scores.value
+
+
+def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -> Result:
+    """Train, evaluate and save a run: what a recipe does, step by step.
+
+    Args:
+        splits: rows to use instead of those that `run.task.data` names.
+        metrics: `evaluate` modules to compute beside the task's own.
+    """
+    accelerator = start(run)
+    data = prepare(run, splits)
+    backbone = load(run.backbone, data.head)
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    announce(run, data, model, accelerator)
+    batch_size = run.training.evaluation_batch_size
+    evaluations = {
+        "majority": majority(run.task, data.test, data),
+        "before": evaluate(model, run.task, data.test, data, accelerator, batch_size, metrics),
+    }
+    record = train_model(model, run, data, accelerator, metrics)
+    evaluations["after"] = evaluate(model, run.task, data.test, data, accelerator, batch_size, metrics)
+    folder = save(run, data, backbone, model, record, evaluations, accelerator)
+    report(run, record, evaluations)
+    return Result(folder, model, record, evaluations)

@@ -1,0 +1,113 @@
+"""What every method provides, and the one place where it is decided whether a parameter trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from peftkit.errors import MethodError
+from peftkit.schema import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from peftkit.backbones.layouts import Layout
+    from peftkit.backbones.load import Backbone
+    from peftkit.tasks.base import Task
+
+
+class Method(Section, ABC):
+    """Hyperparameters, plus what they do to a backbone."""
+
+    artifact: ClassVar[str]
+    """The sub-folder of a run that `save` writes to."""
+    kind: str
+
+    @abstractmethod
+    def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
+        """The model to train: only what the method names, and the head, has `requires_grad`.
+
+        Raises:
+            MethodError: a target matches nothing, or the method does not fit the architecture.
+        """
+
+    @abstractmethod
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained into `folder` (which exists and is empty)."""
+
+    @abstractmethod
+    def load(self, backbone: Backbone, folder: Path) -> nn.Module:
+        """The trained model for inference: `backbone` plus what `save` wrote."""
+
+    @abstractmethod
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The plain transformers model that computes what `model` computes. Consumes `model`.
+
+        Raises:
+            NotMergeable: says why, and what to ship instead.
+        """
+
+    @abstractmethod
+    def added_parameters(self, model: nn.Module, layout: Layout) -> int:
+        """Parameters that the method adds to `model` (which may be on the meta device), in closed form."""
+
+    def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
+        """Parameters of the backbone itself that the method trains."""
+        return 0
+
+    def conflicts(self, *, task: Task, quantization: None, checkpointing: bool) -> list[str]:
+        """Why this method cannot run so; empty when it can."""
+        return []
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after each optimizer step, before gradients are cleared."""
+        return
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the trained parameters."""
+        return {}
+
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        return
+
+
+def train_only(model: nn.Module, modules: Iterable[str]) -> None:
+    """Freeze everything but the parameters inside the named modules.
+
+    Raises:
+        MethodError: a name matches no parameter.
+    """
+    prefixes = tuple(f"{name}." for name in modules)
+    model.requires_grad_(False)
+    matched = set()
+    for name, parameter in model.named_parameters():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                parameter.requires_grad_(True)
+                matched.add(prefix)
+    lost = set(prefixes) - matched
+    if lost:
+        raise MethodError(f"nothing to train in {', '.join(sorted(p[:-1] for p in lost))}: no such parameters")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in model order; a tied parameter once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_trained(model: nn.Module, expected: int, method: Method) -> None:
+    """Refuse a model whose trained parameters are not exactly those that were asked for."""
+    found = sum(p.numel() for p in trained_parameters(model).values())
+    if found != expected:
+        raise MethodError(
+            f"method '{method.kind}' should train {expected:,} parameters but {found:,} have gradients; "
+            "this is a fault of peftkit for this architecture: please report it with `peftkit env`"
+        )
+
+
+def module_parameters(model: nn.Module, names: Iterable[str]) -> int:
+    """Parameters inside the named modules."""
+    return sum(p.numel() for name in names for p in model.get_submodule(name).parameters())

@@ -1,0 +1,52 @@
+"""Full fine-tuning: every parameter trains. The reference every other method is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftkit.errors import ArtifactError
+from peftkit.methods.base import Method, module_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftkit.backbones.layouts import Layout
+    from peftkit.backbones.load import Backbone
+
+
+class Full(Method):
+    """All parameters of backbone and head. What is saved is a whole transformers model."""
+
+    artifact: ClassVar[str] = "model"
+    kind: Literal["full"] = "full"
+
+    def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
+        return backbone.model.requires_grad_(True)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+    def load(self, backbone: Backbone, folder: Path) -> nn.Module:
+        from safetensors.torch import load_model
+
+        from peftkit.backbones.load import weight_files
+
+        missing: set[str] = set(backbone.model.state_dict())
+        for file in weight_files(folder):
+            absent, unexpected = load_model(backbone.model, file, strict=False)
+            if unexpected:
+                raise ArtifactError(f"{file} has weights this model lacks: {', '.join(sorted(unexpected)[:3])}")
+            missing &= set(absent)
+        if missing:
+            raise ArtifactError(f"{folder} lacks weights: {', '.join(sorted(missing)[:3])}")
+        return backbone.model.requires_grad_(False)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def added_parameters(self, model: nn.Module, layout: Layout) -> int:
+        return 0
+
+    def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
+        return sum(p.numel() for p in model.parameters()) - module_parameters(model, heads)

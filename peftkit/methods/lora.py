@@ -1,0 +1,199 @@
+"""LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024), through peft."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from peftkit.errors import ArtifactError, MethodError
+from peftkit.methods.base import Method, check_trained, module_parameters
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor, nn
+
+    from peftkit.backbones.layouts import Layout
+    from peftkit.backbones.load import Backbone
+
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+}
+ADAPTER = "default"
+
+
+class LoRA(Method):
+    """W x + scale · B A x, where A (rank × in) and B (out × rank) train and W is frozen.
+
+    `scale` is alpha / rank, or alpha / √rank in rsLoRA; DoRA also trains the length of each output row.
+    """
+
+    artifact: ClassVar[str] = "adapter"
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(gt=0)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: str | tuple[str, ...] = "all"
+    """`query_value`, `attention`, `all`, or roles and module names, joined by `+` or as a list."""
+    variant: Literal["plain", "rslora", "dora"] = "plain"
+    initialization: str = "default"
+    """`default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_<n>` or `olora`."""
+
+    @field_validator("initialization")
+    @classmethod
+    def _known_initialization(cls, value: str) -> str:
+        if not re.fullmatch(r"default|gaussian|orthogonal|pissa|pissa_niter_\d+|olora", value):
+            raise ValueError(
+                f"'{value}' is not an initialization; it can be: default, gaussian, orthogonal, olora, "
+                "pissa, pissa_niter_<n>"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _even_rank(self) -> LoRA:
+        if self.initialization == "orthogonal" and self.rank % 2:
+            raise ValueError(f"orthogonal initialization needs an even rank, not {self.rank}")
+        return self
+
+    def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
+        from peft import get_peft_model
+
+        model = backbone.model
+        expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
+        peft_model = get_peft_model(model, self._peft_config(backbone))  # type: ignore[arg-type]
+        check_trained(peft_model, expected, self)
+        if self._rewrites_base:
+            peft_model.initial_adapter = _adapter_matrices(peft_model)  # type: ignore[assignment]
+        return peft_model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """peft's own format. An initialization that rewrote the base is saved as the LoRA of twice the rank
+        that gives the same function over the untouched base: BA − B₀A₀ = [B, −B₀] [A; A₀]."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        config = model.peft_config[ADAPTER]  # type: ignore[union-attr,index]
+        state: dict[str, Tensor] = get_peft_model_state_dict(model)
+        if self._rewrites_base:
+            config, state = self._over_untouched_base(config, state, model.initial_adapter)  # type: ignore[arg-type]
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        inference = config.inference_mode
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        config.inference_mode = inference
+
+    def load(self, backbone: Backbone, folder: Path) -> nn.Module:
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
+
+        model = PeftModel.from_pretrained(backbone.model, folder)  # type: ignore[arg-type]
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            differing = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(model)))
+        if differing:
+            raise ArtifactError(f"{folder} does not fit its configuration: it differs in {', '.join(differing[:3])}")
+        return model.requires_grad_(False)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        merged: nn.Module = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        return merged
+
+    def added_parameters(self, model: nn.Module, layout: Layout) -> int:
+        """Σ rank · (in + out) over the adapted matrices; DoRA adds out each."""
+        return sum(self._matrix_parameters(name, model.get_submodule(name)) for name in self._names(model, layout))
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        return dict(model.initial_adapter) if self._rewrites_base else {}  # type: ignore[arg-type]
+
+    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        if not self._rewrites_base:
+            return
+        import torch
+
+        # The residual in the base belongs to the initial matrices of the first process, bit for bit.
+        for name, initial in model.initial_adapter.items():  # type: ignore[union-attr,operator]
+            if not torch.equal(initial.cpu(), state[name].cpu()):
+                raise MethodError(
+                    f"'{self.initialization}' gave other initial matrices here than in the checkpoint ({name}); "
+                    "resume on the machine that started the run, or start again with output.overwrite=true"
+                )
+
+    @property
+    def _rewrites_base(self) -> bool:
+        return self.initialization.startswith(("pissa", "olora"))
+
+    def _names(self, model: nn.Module, layout: Layout) -> list[str]:
+        from peftkit.backbones.layouts import target_modules
+
+        return target_modules(model, layout, self.targets)
+
+    def _matrix_parameters(self, name: str, module: nn.Module) -> int:
+        inputs, outputs = _matrix_shape(name, module)
+        if self.rank > min(inputs, outputs):
+            raise MethodError(f"rank {self.rank} exceeds '{name}', which is {outputs} × {inputs}; lower method.rank")
+        return self.rank * (inputs + outputs) + (outputs if self.variant == "dora" else 0)
+
+    def _peft_config(self, backbone: Backbone) -> LoraConfig:
+        from peft import LoraConfig
+
+        name = type(backbone.model).__name__
+        task_type = next((task for suffix, task in TASK_TYPES.items() if name.endswith(suffix)), None)
+        default = self.initialization == "default"
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=self._names(backbone.model, backbone.layout),
+            modules_to_save=list(backbone.head_modules) or None,
+            use_rslora=self.variant == "rslora",
+            use_dora=self.variant == "dora",
+            init_lora_weights=True if default else self.initialization,  # type: ignore[arg-type]
+            task_type=task_type,  # type: ignore[arg-type]
+        )
+
+    def _over_untouched_base(
+        self, config: LoraConfig, state: dict[str, Tensor], initial: dict[str, Tensor]
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        import copy
+
+        import torch
+
+        config = copy.copy(config)
+        config.r = 2 * self.rank
+        # the scale must stay: alpha / rank doubles both, alpha / √rank grows by √2
+        config.lora_alpha = self.alpha * (math.sqrt(2) if self.variant == "rslora" else 2)  # type: ignore[assignment]
+        config.init_lora_weights = True
+        state = dict(state)
+        for name, start in initial.items():
+            start = start.to(state[name].device)
+            is_a = ".lora_A." in name
+            state[name] = torch.cat([state[name], start if is_a else -start], dim=0 if is_a else 1)
+        return config, state
+
+
+def _matrix_shape(name: str, module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer or an embedding."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    raise MethodError(f"LoRA adapts linear layers and embeddings; '{name}' is a {type(module).__name__}")
+
+
+def _adapter_matrices(model: PeftModel) -> dict[str, Any]:
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    return {name: t.detach().clone() for name, t in state.items() if ".lora_A." in name or ".lora_B." in name}

@@ -1,0 +1,92 @@
+"""Losses of classification. Each is Σ weight · loss over the supervised items, divided by Σ weight once per
+optimizer step, so that it is the same for every split of a batch into micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from peftkit.data.collate import IGNORED
+from peftkit.errors import DataError
+from peftkit.schema import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CrossEntropy(Section):
+    """−log p of the right class."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+
+    def class_weights(self, counts: Sequence[int]) -> list[float]:
+        """The weight of each class, given how often each occurs in training."""
+        return [1.0] * len(counts)
+
+    def item_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Unweighted losses of shape (items,) for `logits` (items, classes) and `labels` (items,)."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits, labels, reduction="none")
+
+
+class Weighted(CrossEntropy):
+    """Cross-entropy in which rare classes count more, or classes count as given."""
+
+    kind: Literal["weighted"] = "weighted"  # type: ignore[assignment]
+    weights: Literal["balanced"] | tuple[Annotated[float, Field(gt=0)], ...] = "balanced"
+    """`balanced`: examples / (classes · examples of the class), or one weight a label in label order."""
+
+    def class_weights(self, counts: Sequence[int]) -> list[float]:
+        if self.weights != "balanced":
+            if len(self.weights) != len(counts):
+                raise DataError(f"task.loss.weights has {len(self.weights)} weights for {len(counts)} labels")
+            return list(self.weights)
+        return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+
+
+class LabelSmoothed(CrossEntropy):
+    """Cross-entropy against (1 − s) · one-hot + s / classes (Szegedy et al. 2016, section 7)."""
+
+    kind: Literal["label_smoothed"] = "label_smoothed"  # type: ignore[assignment]
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    def item_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
+
+
+class Focal(CrossEntropy):
+    """(1 − p)^γ · −log p, which dwells on what is still wrong (Lin et al. 2017, equation 4)."""
+
+    kind: Literal["focal"] = "focal"  # type: ignore[assignment]
+    gamma: Annotated[float, Field(gt=0)] = 2.0
+
+    def item_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = super().item_losses(logits, labels)
+        return (-losses).exp().neg().add(1).clamp(min=0).pow(self.gamma) * losses
+
+
+def _loss_by_name(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AnyLoss = Annotated[
+    Annotated[CrossEntropy | Weighted | LabelSmoothed | Focal, Field(discriminator="kind")],
+    BeforeValidator(_loss_by_name),
+]
+
+
+def supervised_weight(labels: Sequence[int], class_weights: Sequence[float]) -> float:
+    """Σ weight of the supervised items, what the step's loss is divided by."""
+    return float(sum(class_weights[label] for label in labels if label != IGNORED))
+
+
+def summed_loss(loss: CrossEntropy, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+    """Σ weight · loss, a scalar, over items whose label is not `IGNORED`; in float32."""
+    kept = labels != IGNORED
+    kept_labels = labels[kept]
+    return (loss.item_losses(logits[kept].float(), kept_labels) * class_weights[kept_labels]).sum()

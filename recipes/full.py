@@ -1,0 +1,36 @@
+"""Full fine-tuning: every parameter trains.
+
+accelerate launch recipes/full.py --config recipes/configs/sst2_full.yaml
+"""
+
+import sys
+
+from peftkit.artifacts.store import save
+from peftkit.backbones.load import load
+from peftkit.config import read_run
+from peftkit.console import guard
+from peftkit.evaluation import evaluate, majority
+from peftkit.methods import Full
+from peftkit.prepare import prepare
+from peftkit.report import announce, report
+from peftkit.session import start
+from peftkit.training.loop import train
+
+
+def main() -> None:
+    run = read_run(expect=Full)
+    accelerator = start(run)
+    data = prepare(run)
+    backbone = load(run.backbone, data.head)
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    announce(run, data, model, accelerator)
+    scores = {"majority": majority(run.task, data.test, data)}
+    scores["before"] = evaluate(model, run.task, data.test, data, accelerator)
+    record = train(model, run, data, accelerator)
+    scores["after"] = evaluate(model, run.task, data.test, data, accelerator)
+    save(run, data, backbone, model, record, scores, accelerator)
+    report(run, record, scores)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
