@@ -39,15 +39,14 @@ def evaluate(options: argparse.Namespace) -> None:
     from peftkit.report import per_class_table, scores_table
 
     if options.data:
-        rows, name = read_file(options.data), str(options.data)
+        rows = read_file(options.data)
     else:
-        splits = saved.run.task.splits()
-        rows, name = (splits.test, "test") if splits.test is not None else (splits.dev, "dev")
-    scores = evaluate_rows(saved, rows, name).scores
+        rows = saved.run.task.splits().held_out
+    scores = evaluate_rows(saved, rows).scores
     if options.json:
-        say(json.dumps({"data": name, "scores": scores.values, "per_class": scores.per_class}, indent=2))
+        say(json.dumps({"data": rows.source, "scores": scores.values, "per_class": scores.per_class}, indent=2))
         return
-    say(scores_table({str(options.run): scores}, name))
+    say(scores_table({str(options.run): scores}, rows.source))
     say()
     say(per_class_table(scores))
 
@@ -74,8 +73,7 @@ def merge(options: argparse.Namespace) -> None:
     read_manifest(options.run)
     check_target(options.run, options.target)
     saved = load_run(options.run)
-    splits = saved.run.task.splits()
-    probe = splits.test if splits.test is not None else splits.dev
+    probe = saved.run.task.splits().held_out
     if options.probe_rows:
         probe = probe.head(options.probe_rows)
     result = merge_run(saved, options.target, probe)

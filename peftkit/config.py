@@ -6,19 +6,19 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from peftkit.backbones.load import BackboneSettings
-from peftkit.config_file import Document, KeyPath, read_document
+from peftkit.config_file import Document, read_document
+from peftkit.config_problems import problems
 from peftkit.errors import ConfigError, UsageError
 from peftkit.methods import AnyMethod
 from peftkit.methods.base import Method
-from peftkit.schema import Section, did_you_mean, nearest
+from peftkit.schema import Section
 from peftkit.tasks import AnyTask
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -144,126 +144,4 @@ def validate(document: Document) -> Run:
         # JSON mode is strict about numbers in quotes and booleans, yet takes lists for tuples.
         return Run.model_validate_json(json.dumps(document.tree), strict=True)
     except ValidationError as error:
-        raise ConfigError(_problems(document, error.errors())) from None
-
-
-def _problems(document: Document, errors: Sequence[ErrorDetails]) -> list[str]:
-    found: dict[str, None] = {}
-    misspelt: set[KeyPath] = set()
-    for error in errors:
-        if error["type"] in ("extra_forbidden", "union_tag_not_found"):
-            path = _tree_path(document.tree, error["loc"])
-            message, meant = _unknown_key(document, error, path)
-            found[message] = None
-            misspelt.add(meant)
-    for error in errors:
-        path = _tree_path(document.tree, error["loc"])
-        if error["type"] in ("extra_forbidden", "union_tag_not_found") or path in misspelt:
-            continue
-        found[_describe(document, error, path)] = None
-    return list(found)
-
-
-def _unknown_key(document: Document, error: ErrorDetails, path: KeyPath) -> tuple[str, KeyPath]:
-    """The message for a key nobody knows, and the path of the key that was meant."""
-    if error["type"] == "union_tag_not_found":
-        section, tag = path, str((error.get("ctx") or {}).get("discriminator", "'kind'")).strip("'")
-        written = _value_at(document.tree, section)
-        near = nearest(tag, [str(key) for key in written]) if isinstance(written, dict) else None
-        if near is None:
-            kinds = ", ".join(_tags(section))
-            return f"{document.where(section)}: {_dotted(section)}: '{tag}' is missing ({kinds})", (
-                *section,
-                tag,
-            )
-        at = (*section, near)
-        return f"{document.where(at)}: {_dotted(at)}: unknown key; did you mean '{tag}'?", (*section, tag)
-    names = _field_names(error["loc"][:-1])
-    name = str(path[-1])
-    message = f"{document.where(path)}: {_dotted(path)}: unknown key{did_you_mean(name, names)}"
-    return message, (*path[:-1], nearest(name, names) or name)
-
-
-def _describe(document: Document, error: ErrorDetails, path: KeyPath) -> str:
-    start = f"{document.where(path)}: {_dotted(path)}: " if path else f"{document.where(path)}: "
-    context = error.get("ctx") or {}
-    match error["type"]:
-        case "missing":
-            return f"{start}missing"
-        case "union_tag_invalid":
-            tag = str(context["tag"])
-            at = (*path, str(context["discriminator"]).strip("'"))
-            hint = did_you_mean(tag, _tags(path))
-            return f"{document.where(at)}: {_dotted(at)}: no kind '{tag}'{hint}"
-        case "literal_error":
-            return f"{start}'{error['input']}' is not a choice{_choice_hint(error)}"
-        case "value_error":
-            return f"{start}{context.get('error', error['msg'])!s}"
-        case _:
-            return f"{start}{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def _choice_hint(error: ErrorDetails) -> str:
-    expected = str((error.get("ctx") or {}).get("expected", ""))
-    return did_you_mean(str(error["input"]), [c.strip(" '") for c in expected.replace(" or ", ",").split(",")])
-
-
-def _tree_path(tree: Any, location: Sequence[str | int]) -> KeyPath:
-    """A pydantic location without the names of union members, which the file does not have."""
-    path: list[str | int] = []
-    node = tree
-    for position, part in enumerate(location):
-        is_last = position == len(location) - 1
-        known = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
-        if known:
-            path.append(part)
-            node = node[part]  # type: ignore[index]
-        elif is_last and isinstance(node, dict):
-            path.append(part)
-    return tuple(path)
-
-
-def _value_at(tree: Any, path: KeyPath) -> Any:
-    for part in path:
-        tree = tree[part]
-    return tree
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
-
-
-def _section_tag(section: type[Section]) -> str | None:
-    for name in ("kind", "name"):
-        if name in section.model_fields and get_args(section.model_fields[name].annotation):
-            return str(section.model_fields[name].default)
-    return None
-
-
-def _field_names(location: Sequence[str | int]) -> list[str]:
-    """The keys that are valid at a pydantic location."""
-    candidates: list[type[Section]] = [Run]
-    for part in location:
-        tagged = [section for section in candidates if len(candidates) > 1 and _section_tag(section) == part]
-        if tagged:
-            candidates = tagged
-            continue
-        fields = [section.model_fields[str(part)] for section in candidates if str(part) in section.model_fields]
-        # metadata carries nothing of interest; the annotation holds the members of a union
-        candidates = [inner for f in fields for inner in _sections_in(f.annotation)]
-    return sorted({name for section in candidates for name in section.model_fields})
-
-
-def _tags(path: KeyPath) -> list[str]:
-    candidates: list[type[Section]] = [Run]
-    for part in path:
-        fields = [section.model_fields[str(part)] for section in candidates if str(part) in section.model_fields]
-        candidates = [inner for f in fields for inner in _sections_in(f.annotation)]
-    return [tag for section in candidates if (tag := _section_tag(section)) is not None]
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path))
+        raise ConfigError(problems(document, error.errors(), Run)) from None

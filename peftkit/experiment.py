@@ -50,13 +50,12 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     backbone = load(run.backbone, data.head)
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
     announce(run, data, model, accelerator)
-    batch_size = run.training.evaluation_batch_size
     evaluations = {
-        "majority": majority(run.task, data.test, data),
-        "before": evaluate(model, run.task, data.test, data, accelerator, batch_size, metrics),
+        "majority": majority(run.task, data.train, data.test),
+        "before": evaluate(model, run.task, data.test, accelerator, metrics),
     }
     record = train_model(model, run, data, accelerator, metrics)
-    evaluations["after"] = evaluate(model, run.task, data.test, data, accelerator, batch_size, metrics)
+    evaluations["after"] = evaluate(model, run.task, data.test, accelerator, metrics)
     folder = save(run, data, backbone, model, record, evaluations, accelerator)
     report(run, record, evaluations)
     return Result(folder, model, record, evaluations)

@@ -24,6 +24,12 @@ class Split:
     name: str
     rows: Rows
     encoded: Encoded
+    labels: tuple[str, ...]
+    """In the order of the head's outputs."""
+    pad_id: int
+    """The token id that fills batches up."""
+    batch_size: int
+    """Examples in one forward pass of an evaluation."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,16 +48,6 @@ class Prepared:
     class_weights: tuple[float, ...]
     notes: tuple[str, ...]
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels in the order of the head's outputs."""
-        return self.head.labels
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills batches up."""
-        return int(self.tokenizer.pad_token_id or 0)
-
 
 def prepare(run: Run, splits: Splits | None = None) -> Prepared:
     """Read (unless given), check and encode the data of a run.
@@ -64,11 +60,10 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
     head = run.task.head(splits.train)
     tokenizer = load_tokenizer(run.backbone, head.pretokenized)
 
-    def encoded(name: str, rows: Rows) -> Split:
-        return Split(name, rows, run.task.encode(rows, tokenizer, head.labels))
-
-    train, dev = encoded("train", splits.train), encoded("dev", splits.dev)
-    test = encoded("test", splits.test) if splits.test is not None else dev
+    train, dev = (
+        encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
+    )
+    test = encode_split(run, "test", splits.test, head, tokenizer) if splits.test is not None else dev
     notes = [
         *splits.notes,
         *(_truncation(run.task, split) for split in {train.name: train, test.name: test}.values()),
@@ -78,6 +73,15 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
     counts = Counter(_label_ids(train))
     weights = run.task.loss.class_weights([counts[index] for index in range(len(head.labels))])
     return Prepared(train, dev, test, head, tokenizer, tuple(weights), tuple(note for note in notes if note))
+
+
+def encode_split(
+    run: Run, name: str, rows: Rows, head: Head, tokenizer: PreTrainedTokenizerBase, supervised: bool = True
+) -> Split:
+    """Rows with their token ids, and label ids when `supervised`."""
+    encoded = run.task.encode(rows, tokenizer, head.labels, supervised)
+    pad_id = int(tokenizer.pad_token_id or 0)
+    return Split(name, rows, encoded, head.labels, pad_id, run.training.evaluation_batch_size)
 
 
 def _label_ids(split: Split) -> list[int]:

@@ -26,8 +26,8 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
     steps = run.training.total_steps(len(data.train))
     say(f"backbone  {run.backbone.name} ({run.backbone.dtype})")
     say(f"method    {run.method.kind}: {trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)")
-    names = ", ".join(data.labels[:8]) + (", …" if len(data.labels) > 8 else "")
-    say(f"task      {run.task.kind}: {len(data.labels)} labels ({names})")
+    names = ", ".join(data.head.labels[:8]) + (", …" if len(data.head.labels) > 8 else "")
+    say(f"task      {run.task.kind}: {len(data.head.labels)} labels ({names})")
     say(f"data      {len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} {data.test.name} rows")
     for note in data.notes:
         say(f"          {note}")

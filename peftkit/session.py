@@ -20,19 +20,26 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start(run: Run) -> Accelerator:
-    """Claim the run folder, write the resolved run into it, seed every generator.
+    """Start the processes and seed every generator; the run folder is checked, and untouched until training.
 
     Raises:
         UsageError: the folder holds something else, or the launcher asks for another precision than the run.
     """
     folder = Path(str(run.output.folder))
     check_folder(run, folder)
-    accelerator = make_accelerator(run, folder)
+    return make_accelerator(run, folder)
+
+
+def claim(run: Run, accelerator: Accelerator) -> None:
+    """Write the resolved run into its folder, which from now on belongs to it."""
+    folder = Path(str(run.output.folder))
+    check_folder(run, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _claim(run, folder)
+        _write_run(run, folder)
+    if run.output.trackers:
+        accelerator.init_trackers("tracking", config={"run_id": run_id(run)})
     accelerator.wait_for_everyone()
-    return accelerator
 
 
 def make_accelerator(run: Run, folder: Path | None = None) -> Accelerator:
@@ -53,8 +60,6 @@ def make_accelerator(run: Run, folder: Path | None = None) -> Accelerator:
         )
     except ValueError as error:
         raise UsageError(f"training.precision or output.trackers: {error}") from error
-    if run.output.trackers and folder:
-        accelerator.init_trackers("tracking", config={"run_id": run_id(run)})
     set_seed(run.training.seed)
     return accelerator
 
@@ -72,11 +77,20 @@ def check_folder(run: Run, folder: Path) -> None:
         if any(folder.iterdir()):
             raise UsageError(f"{folder} holds other files; name an empty or new output.folder")
     elif owner != run_id(run):
-        raise UsageError(f"{folder} belongs to run {owner}, not {run_id(run)}; name another output.folder")
+        if _holds_work(folder):
+            raise UsageError(
+                f"{folder} belongs to run {owner}, not {run_id(run)}; name another output.folder, "
+                "or give it up with output.overwrite=true"
+            )
     elif (folder / MANIFEST).is_file():
         scores = json.loads((folder / MANIFEST).read_text())["scores"]["after"]
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         raise UsageError(f"{folder} holds this run, finished ({shown}); output.overwrite=true trains it again")
+
+
+def _holds_work(folder: Path) -> bool:
+    """A finished run, or one that has a checkpoint to go on from."""
+    return (folder / MANIFEST).is_file() or any(folder.glob("checkpoints/step-*"))
 
 
 def _owner(folder: Path) -> str | None:
@@ -87,10 +101,10 @@ def _owner(folder: Path) -> str | None:
     return first.removeprefix("# run ").strip()
 
 
-def _claim(run: Run, folder: Path) -> None:
+def _write_run(run: Run, folder: Path) -> None:
     import yaml
 
-    if run.output.overwrite and folder.exists():
+    if folder.exists() and (run.output.overwrite or not _holds_work(folder)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

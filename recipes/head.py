@@ -24,10 +24,10 @@ def main() -> None:
     backbone = load(run.backbone, data.head)
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
     announce(run, data, model, accelerator)
-    scores = {"majority": majority(run.task, data.test, data)}
-    scores["before"] = evaluate(model, run.task, data.test, data, accelerator)
+    scores = {"majority": majority(run.task, data.train, data.test)}
+    scores["before"] = evaluate(model, run.task, data.test, accelerator)
     record = train(model, run, data, accelerator)
-    scores["after"] = evaluate(model, run.task, data.test, data, accelerator)
+    scores["after"] = evaluate(model, run.task, data.test, accelerator)
     save(run, data, backbone, model, record, scores, accelerator)
     report(run, record, scores)
 

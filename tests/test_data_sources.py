@@ -18,7 +18,6 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from pydantic import ValidationError
 
 from peftkit.backbones import bundled
-from peftkit.data import sources
 from peftkit.data.files import Rows, read_file
 from peftkit.data.sources import DataSettings, Splits, missing_files, read_splits, splits_from
 from peftkit.errors import DataError, PeftkitError, UsageError
@@ -369,7 +368,7 @@ class TestBundled:
         splits = read_splits(DataSettings(name="bundled:reuters-r8"), "Category")
         assert splits.test is not None
         assert [len(splits.train), len(splits.dev), len(splits.test)] == [36, 4, 1]
-        assert splits.train.where(0) == "bundled:reuters-r8/train.tab:4"
+        assert splits.test.where(0) == "bundled:reuters-r8/test.tab:4"
         assert "stratified by 'Category'" in splits.notes[0]
 
     def test_splits_by_name(self) -> None:
@@ -438,8 +437,3 @@ class TestFromPython:
     def test_bad_fraction(self) -> None:
         with pytest.raises(ValidationError, match="dev_fraction"):
             splits_from([{"text": "a"}], dev_fraction=1.5)
-
-
-def test_every_public_name_is_documented() -> None:
-    public = (DataSettings, Splits, Rows, read_file, read_splits, splits_from, missing_files, sources)
-    assert all(one.__doc__ for one in public)

@@ -12,7 +12,9 @@ from peftkit.artifacts.store import SavedRun
 from peftkit.data.collate import collate
 from peftkit.data.files import Rows
 from peftkit.errors import ArtifactError, UsageError
-from peftkit.tasks.base import Example, Task
+from peftkit.prepare import Split, encode_split
+from peftkit.quiet import quiet_libraries
+from peftkit.tasks.base import Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,16 +54,17 @@ def merge(saved: SavedRun, target: Path, probe: Rows) -> MergeReport:
         ArtifactError: the merged model computes something else.
     """
     check_target(saved.folder, target)
-    task, dtype = saved.run.task, saved.run.backbone.dtype
-    examples = task.encode(probe, saved.tokenizer, saved.head.labels, supervised=False).examples
-    before = _all_logits(saved.model, task, examples, saved.pad_id)
+    dtype = saved.run.backbone.dtype
+    split = encode_split(saved.run, probe.source, probe, saved.head, saved.tokenizer, supervised=False)
+    before = _all_logits(saved.model, saved.run.task, split)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(saved, partial, dtype)
-        after = _all_logits(_read(saved, partial), task, examples, saved.pad_id)
+        after = _all_logits(_read(saved, partial), saved.run.task, split)
         report = _compare(before, after, TOLERANCE[dtype], saved)
-        (partial / REPORT).write_text(json.dumps(vars(report) | {"run_id": saved.manifest["run_id"]}, indent=2) + "\n")
+        record = vars(report) | {"run_id": saved.manifest["run_id"]}
+        (partial / REPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,24 +91,25 @@ def _write(saved: SavedRun, folder: Path, dtype: str) -> None:
 def _read(saved: SavedRun, folder: Path) -> nn.Module:
     import transformers
 
-    model: nn.Module = getattr(transformers, saved.head.model_class).from_pretrained(folder, local_files_only=True)
+    with quiet_libraries():
+        model: nn.Module = getattr(transformers, saved.head.model_class).from_pretrained(folder, local_files_only=True)
     return model.eval()
 
 
-def _all_logits(model: nn.Module, task: Task, examples: list[Example], pad_id: int) -> list[Tensor]:
+def _all_logits(model: nn.Module, task: Task, split: Split) -> list[Tensor]:
     """Logits of real tokens, example by example, in batches of similar length."""
     import torch
 
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    lengths, examples = split.encoded.lengths, split.encoded.examples
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
     found: dict[int, Tensor] = {}
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(order), 32):
-            indices = order[start : start + 32]
-            logits = task.logits(model, collate([examples[index] for index in indices], pad_id)).float()
+        for start in range(0, len(order), split.batch_size):
+            indices = order[start : start + split.batch_size]
+            logits = task.logits(model, collate([examples[index] for index in indices], split.pad_id)).float()
             for row, index in enumerate(indices):
-                real = len(examples[index]["input_ids"])
-                found[index] = logits[row] if logits.ndim == 2 else logits[row, :real]
+                found[index] = logits[row] if logits.ndim == 2 else logits[row, : lengths[index]]
     return [found[index] for index in range(len(examples))]
 
 

@@ -50,11 +50,6 @@ class SavedRun:
         assert self.backbone.tokenizer is not None
         return self.backbone.tokenizer
 
-    @property
-    def pad_id(self) -> int:
-        """The id that fills batches up."""
-        return int(self.tokenizer.pad_token_id or 0)
-
 
 def save(
     run: Run,
@@ -183,7 +178,7 @@ def _save_artifact(run: Run, model: nn.Module, artifact: Path) -> None:
 
 def _write_predictions(run: Run, data: Prepared, evaluation: Evaluation, file: Path) -> None:
     rows = evaluation.split.rows
-    references = run.task.references(rows, data.labels)
+    references = run.task.references(rows, data.head.labels)
     with file.open("w", encoding="utf-8") as stream:
         for index, (prediction, reference) in enumerate(zip(evaluation.predictions, references, strict=True)):
             line = {

@@ -18,7 +18,6 @@ from peftkit.schema import nearest
 
 if TYPE_CHECKING:
     from torch.nn import Module
-    from transformers import PreTrainedModel
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 ATTENTION_ROLES = ROLES[:4]
@@ -106,7 +105,7 @@ LAYOUTS = (
 _BY_TYPE = {model_type: row for row in LAYOUTS for model_type in row.model_types}
 
 
-def layout_for(model_type: str, model: PreTrainedModel | None = None) -> Layout:
+def layout_for(model_type: str, model: Module | None = None) -> Layout:
     """The row of `model_type`; for an unknown type the error shows the row to write, read off `model`."""
     if model_type in _BY_TYPE:
         return _BY_TYPE[model_type]
@@ -124,7 +123,7 @@ def layout_for(model_type: str, model: PreTrainedModel | None = None) -> Layout:
     )
 
 
-def propose_layout(model_type: str, model: PreTrainedModel) -> Layout:
+def propose_layout(model_type: str, model: Module) -> Layout:
     """A row for `model`, the roles guessed from the names that known architectures use."""
     guesses = {path: _guess_roles(path) for path in _paths_in_blocks(model)}
     paths = {role: tuple(path for path, held in guesses.items() if held == (role,)) for role in ROLES}
@@ -133,12 +132,12 @@ def propose_layout(model_type: str, model: PreTrainedModel) -> Layout:
     return Layout((model_type,), blocks, {role: found for role, found in paths.items() if found}, fused)
 
 
-def base_model(model: PreTrainedModel) -> Module:
+def base_model(model: Module) -> Module:
     """The pretrained part of a task model; a bare model is its own."""
     return getattr(model, "base_model", model)
 
 
-def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+def head_modules(model: Module) -> tuple[str, ...]:
     """The freshly initialised children of a task model.
 
     None in a language model: what stands beside its output (`vocab_transform`, `lm_head`) was pretrained.
@@ -161,7 +160,7 @@ def block_linears(model: Module, layout: Layout) -> dict[str, Module]:
     return {name: module for name, module in _linears(model) if inside.search(name)}
 
 
-def target_modules(model: PreTrainedModel, layout: Layout, targets: str | Sequence[str]) -> list[str]:
+def target_modules(model: Module, layout: Layout, targets: str | Sequence[str]) -> list[str]:
     """Full names of the modules that `targets` names, in model order; every entry must match."""
     entries = targets.split("+") if isinstance(targets, str) else targets
     if not entries:
@@ -170,7 +169,7 @@ def target_modules(model: PreTrainedModel, layout: Layout, targets: str | Sequen
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
-def _matches(model: PreTrainedModel, layout: Layout, entry: str) -> set[str]:
+def _matches(model: Module, layout: Layout, entry: str) -> set[str]:
     if entry == "query_value":
         return _with_role(model, layout, entry, "query") | _with_role(model, layout, entry, "value")
     if entry in ROLES:
@@ -185,7 +184,7 @@ def _matches(model: PreTrainedModel, layout: Layout, entry: str) -> set[str]:
     return found
 
 
-def _with_role(model: PreTrainedModel, layout: Layout, entry: str, role: str) -> set[str]:
+def _with_role(model: Module, layout: Layout, entry: str, role: str) -> set[str]:
     roles = _roles_of_linears(model, layout)
     found = {name for name, held in roles.items() if held == (role,)}
     if found:
@@ -197,7 +196,7 @@ def _with_role(model: PreTrainedModel, layout: Layout, entry: str, role: str) ->
     raise MethodError(f"target '{entry}': {_architecture(model)} has no {role} projection; it has {known}")
 
 
-def _fused_role(model: PreTrainedModel, layout: Layout, entry: str, role: str) -> str:
+def _fused_role(model: Module, layout: Layout, entry: str, role: str) -> str:
     path, held = next((path, held) for path, held in layout.fused.items() if role in held)
     others = " and ".join(other for other in held if other != role)
     wider = "`attention`, `all`" if role in ATTENTION_ROLES else "`all`"
@@ -207,7 +206,7 @@ def _fused_role(model: PreTrainedModel, layout: Layout, entry: str, role: str) -
     )
 
 
-def _no_match(model: PreTrainedModel, layout: Layout, entry: str) -> str:
+def _no_match(model: Module, layout: Layout, entry: str) -> str:
     names = _adaptable(model)
     message = f"target '{entry}' matches no module of {_architecture(model)}"
     held = {f".{name}".partition(f".{entry}.")[2] for name in names} - {""}
@@ -274,18 +273,18 @@ def _alike(name: str, candidates: Iterable[str], listed: Iterable[str]) -> str:
     return f"; it can be: {', '.join(listed)}"
 
 
-def _architecture(model: PreTrainedModel) -> str:
+def _architecture(model: Module) -> str:
     return f"{model.config.model_type} ({type(model).__name__})"
 
 
-def _repeated_linears(model: PreTrainedModel) -> list[tuple[str, str]]:
+def _repeated_linears(model: Module) -> list[tuple[str, str]]:
     """(block, path inside it) of every linear of the base model that stands below a number."""
     numbered = re.compile(r"(?P<block>(?:[^.]+\.)*?)\d+\.(?P<path>.+)")
     matches = (numbered.fullmatch(name) for name, _ in _linears(base_model(model)))
     return [(f"{match['block']}*", match["path"]) for match in matches if match]
 
 
-def _paths_in_blocks(model: PreTrainedModel) -> list[str]:
+def _paths_in_blocks(model: Module) -> list[str]:
     return list(dict.fromkeys(path for _, path in _repeated_linears(model)))
 
 

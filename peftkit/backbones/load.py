@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftkit.backbones.bundled import bundle_named, fetch
 from peftkit.backbones.layouts import Layout, head_modules, layout_for
 from peftkit.errors import BackboneError, UsageError
+from peftkit.quiet import quiet_libraries
 from peftkit.schema import Section
 
 if TYPE_CHECKING:
@@ -182,28 +183,24 @@ def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
 def _load_model(folder: Path, config: PretrainedConfig, head: Head, dtype: Any) -> tuple[nn.Module, set[str]]:
     """The model, and the names of the parameters that the checkpoint did not have."""
     import transformers
-    from transformers.utils import logging
 
     config.num_labels = len(head.labels)
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: index for index, label in enumerate(head.labels)}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        model, info = getattr(transformers, head.model_class).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet_libraries():
+            model, info = getattr(transformers, head.model_class).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged checkpoint
         raise BackboneError(f"cannot load {folder} as {head.model_class}: {_first_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
     mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 

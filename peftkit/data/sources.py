@@ -62,6 +62,11 @@ class Splits:
     test: Rows | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def held_out(self) -> Rows:
+        """What final figures are computed on: test, or dev where there is no test."""
+        return self.dev if self.test is None else self.test
+
 
 def read_splits(settings: DataSettings, label: str | None = None) -> Splits:
     """The rows that the settings name; a missing dev split is carved from train, stratified by `label`."""

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from peftkit.errors import ArtifactError, MethodError
 from peftkit.methods.base import Method, check_trained, module_parameters
+from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -63,11 +64,13 @@ class LoRA(Method):
         return self
 
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
-        from peft import get_peft_model
+        with quiet_libraries():
+            from peft import get_peft_model
 
         model = backbone.model
         expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
-        peft_model = get_peft_model(model, self._peft_config(backbone))  # type: ignore[arg-type]
+        with quiet_libraries():
+            peft_model = get_peft_model(model, self._peft_config(backbone))  # type: ignore[arg-type]
         check_trained(peft_model, expected, self)
         if self._rewrites_base:
             peft_model.initial_adapter = _adapter_matrices(peft_model)  # type: ignore[assignment]
@@ -91,10 +94,13 @@ class LoRA(Method):
         config.inference_mode = inference
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
-        from peft import PeftModel, get_peft_model_state_dict
         from safetensors import safe_open
 
-        model = PeftModel.from_pretrained(backbone.model, folder)  # type: ignore[arg-type]
+        with quiet_libraries():
+            from peft import PeftModel, get_peft_model_state_dict
+
+        with quiet_libraries():
+            model = PeftModel.from_pretrained(backbone.model, folder)  # type: ignore[arg-type]
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             differing = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(model)))
         if differing:

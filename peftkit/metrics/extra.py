@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from peftkit.errors import UsageError
 from peftkit.schema import Section
@@ -16,7 +16,7 @@ class MetricSettings(Section):
 
     name: str
     configuration: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the metric's `compute`, such as `average: macro`."""
 
 

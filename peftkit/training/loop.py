@@ -15,6 +15,7 @@ from peftkit.errors import TrainingError
 from peftkit.evaluation import evaluate
 from peftkit.methods.base import trained_parameters
 from peftkit.prepare import Prepared
+from peftkit.session import claim
 from peftkit.tasks.losses import summed_loss, supervised_weight
 from peftkit.training import batches, checkpoint
 from peftkit.training.checkpoint import Progress
@@ -56,6 +57,7 @@ def train(
     Raises:
         TrainingError: a loss that is not a number, or a batch without supervision.
     """
+    claim(run, accelerator)
     loop = _Loop(model, run, data, accelerator, metrics)
     loop.resume()
     return loop.run_to_end()
@@ -176,7 +178,7 @@ class _Loop:
 
     def _micro_loss(self, part: batches.MicroBatch) -> Any:
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
-        batch = collate(examples, self.data.pad_id, self.accelerator.device)
+        batch = collate(examples, self.data.train.pad_id, self.accelerator.device)
         with self.accelerator.autocast():
             logits = self.run.task.logits(self.wrapped, batch)
         loss = summed_loss(self.run.task.loss, logits, batch["labels"], self.class_weights)
@@ -196,15 +198,7 @@ class _Loop:
     def _evaluate(self, meter: Meter, log: Log) -> bool:
         """Score dev, keep the weights if they are the best; True when training should stop."""
         progress, settings = self.progress, self.run.training
-        scores = evaluate(
-            self.model,
-            self.run.task,
-            self.data.dev,
-            self.data,
-            self.accelerator,
-            settings.evaluation_batch_size,
-            self.metrics,
-        ).scores
+        scores = evaluate(self.model, self.run.task, self.data.dev, self.accelerator, self.metrics).scores
         figures = {f"dev_{name}": value for name, value in scores.values.items()}
         log.write(progress.step, figures)
         progress.evaluations.append({"step": progress.step} | figures)
