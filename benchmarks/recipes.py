@@ -1,0 +1,78 @@
+"""Run shipped recipes over several seeds and write down what came of it.
+
+    PEFTKIT_DATA=<folder with sst2/> python benchmarks/recipes.py --seeds 1 2 3 sst2_lora sst2_full sst2_head
+
+Every run is `accelerate launch recipes/<method>.py --config recipes/configs/<name>.yaml training.seed=<seed>`. A run
+that is finished is not repeated, so the command can be stopped and started again. The result file holds every run's
+scores, cost and environment; the table in README.md is printed from it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from peftkit.config import load_run
+from peftkit.environment import describe
+from peftkit.report import table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "recipes")
+    parser.add_argument("--name", default="recipes", help="of the result file")
+    options = parser.parse_args()
+    rows = [finished(name, seed, options.runs) for name in options.configs for seed in options.seeds]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    document = {"command": " ".join(sys.argv), "environment": describe(), "runs": rows}
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    print(summary(rows))
+
+
+def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
+    """The figures of one run, which is made first if need be."""
+    config = ROOT / "recipes" / "configs" / f"{name}.yaml"
+    folder = runs / f"{name}-seed{seed}"
+    if not (folder / "manifest.json").is_file():
+        recipe = f"{load_run(config).method.kind}.py"
+        command = ["accelerate", "launch", "--num_processes", "1", str(ROOT / "recipes" / recipe)]
+        command += ["--config", str(config), f"training.seed={seed}", f"output.folder={folder}"]
+        subprocess.run(command, check=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    keys = ("run_id", "scores", "training", "evaluated_on", "versions")
+    return {"config": name, "seed": seed} | {key: manifest[key] for key in keys}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Mean and spread of the headline over seeds, with cost."""
+    lines = [["config", "trained", "before", "after (mean)", "seeds", "s", "tokens/s", "GiB"]]
+    for name in dict.fromkeys(row["config"] for row in rows):
+        runs = [row for row in rows if row["config"] == name]
+        headline = next(iter(runs[0]["scores"]["after"]))
+        after = [run["scores"]["after"][headline] for run in runs]
+        cost = [run["training"] for run in runs]
+        lines.append(
+            [
+                name,
+                f"{cost[0]['trainable_parameters']:,}",
+                f"{statistics.mean(run['scores']['before'][headline] for run in runs):.4f}",
+                f"{statistics.mean(after):.4f}",
+                " ".join(f"{one:.4f}" for one in after),
+                f"{statistics.median(one['seconds'] for one in cost):.0f}",
+                f"{statistics.median(one['tokens_per_second'] for one in cost):,.0f}",
+                f"{max(one['peak_memory_bytes'] for one in cost) / 2**30:.2f}",
+            ]
+        )
+    return table(lines)
+
+
+if __name__ == "__main__":
+    main()
