@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peftkit.artifacts.merge import merge
     from peftkit.artifacts.predict import predict_rows
     from peftkit.artifacts.store import load_run
+    from peftkit.backbones.bundled import fetch
     from peftkit.backbones.load import BackboneSettings as Backbone
     from peftkit.config import OutputSettings as Output
     from peftkit.config import Run, read_run
@@ -35,6 +36,7 @@ _HOMES = {
     "TokenClassification": ("peftkit.tasks", "TokenClassification"),
     "Training": ("peftkit.config", "TrainingSettings"),
     "attach": ("peftkit.api", "attach"),
+    "fetch": ("peftkit.backbones.bundled", "fetch"),
     "load_run": ("peftkit.artifacts.store", "load_run"),
     "merge": ("peftkit.artifacts.merge", "merge"),
     "predict_rows": ("peftkit.artifacts.predict", "predict_rows"),
@@ -56,6 +58,7 @@ __all__ = [
     "TokenClassification",
     "Training",
     "attach",
+    "fetch",
     "load_run",
     "merge",
     "predict_rows",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftkit.backbones.load import wrap
+from peftkit.errors import MethodError
 from peftkit.methods.base import Method, trained_parameters
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ def attach(model: nn.Module, method: Method, total_steps: int = 1) -> nn.Module:
 
     Raises:
         BackboneError: an architecture without a layout.
-        MethodError: a target that matches nothing.
+        MethodError: a target that matches nothing, or a model that has an adapter already.
     """
+    if hasattr(model, "peft_config"):
+        raise MethodError("this model has an adapter already; attach to a model as transformers loads it")
     return method.attach(wrap(model), total_steps)
 
 

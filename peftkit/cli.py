@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.console import guard, say
+from peftkit.console import Parser, guard, say
 from peftkit.errors import UsageError
 
 Command = Callable[[argparse.Namespace], None]
@@ -17,8 +17,7 @@ Command = Callable[[argparse.Namespace], None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 for failure, 2 for usage, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    return guard(lambda: options.command(options))
+    return guard(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -38,10 +37,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from peftkit.data.files import read_file
     from peftkit.report import per_class_table, scores_table
 
-    if options.data:
-        rows = read_file(options.data)
-    else:
-        rows = saved.run.task.splits().held_out
+    rows = read_file(options.data) if options.data else saved.run.task.splits().held_out
     scores = evaluate_rows(saved, rows).scores
     if options.json:
         say(json.dumps({"data": rows.source, "scores": scores.values, "per_class": scores.per_class}, indent=2))
@@ -124,6 +120,9 @@ def validate(options: argparse.Namespace) -> None:
 
     run = load_run(options.config, options.overrides)
     say(f"{options.config}: valid (run {run_id(run)})")
+    if run.task.data is None:
+        say("task.data is null: this run takes its rows from Python only")
+        return
     for problem in missing_files(run.task.data):
         say(f"not on this machine: {problem}")
 
@@ -178,14 +177,26 @@ def _lines(stream: Iterable[str]) -> list[str]:
     return lines
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="peftkit", description="Parameter-efficient fine-tuning you can check.", allow_abbrev=False
-    )
+def _run(arguments: list[str]) -> None:
+    parser, verbs = _parsers()
+    if not arguments or arguments[0] not in verbs:
+        if arguments and not arguments[0].startswith("-"):
+            from peftkit.schema import did_you_mean
+
+            raise UsageError(f"no verb '{arguments[0]}'{did_you_mean(arguments[0], verbs)}")
+        parser.parse_args(arguments)
+    # a verb reads its own arguments, because only then may options stand between positional ones
+    options = verbs[arguments[0]].parse_intermixed_args(arguments[1:])
+    options.command(options)
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser for `peftkit` alone, and that of each verb."""
+    parser = Parser(prog="peftkit", description="Parameter-efficient fine-tuning you can check.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, command: Command, summary: str) -> argparse.ArgumentParser:
-        one = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    def verb(name: str, command: Command, summary: str) -> Parser:
+        one = verbs.add_parser(name, help=summary, description=summary)
         one.set_defaults(command=command)
         return one
 
@@ -195,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         one = verb(name, command, summary)
         one.add_argument("config", type=Path, metavar="CONFIG")
-        one.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the file")
+        one.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="win over the file")
 
     one = verb("evaluate", evaluate, "Score a saved run on its test split, or on any file with its columns.")
     one.add_argument("run", type=Path, metavar="RUN")
@@ -204,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb("predict", predict, "Labels and probabilities for texts, a file, or stdin; one JSON object a line.")
     one.add_argument("run", type=Path, metavar="RUN")
-    one.add_argument("texts", nargs="*", metavar="TEXT")
+    one.add_argument("texts", nargs="*", default=[], metavar="TEXT")
     one.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text, once for each TEXT")
     one.add_argument("--file", type=Path, help="a table with the run's columns, or one text a line (.txt)")
 
@@ -221,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true")
 
     one = verb("fetch", fetch, "Get bundled backbones and data sets ahead of time; without a name, list them.")
-    one.add_argument("names", nargs="*", metavar="NAME")
+    one.add_argument("names", nargs="*", default=[], metavar="NAME")
     one.add_argument("--list", action="store_true", help="list what there is")
 
     verb("ls", list_recipes, "List the recipes and configurations that come with peftkit.")
@@ -230,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("target", type=Path, nargs="?", metavar="FILE")
     verb("schema", schema, "Print the JSON Schema of configurations, for editors.")
     verb("env", environment, "Print versions and devices, for bug reports.")
-    return parser
+    return parser, verbs.choices
 
 
 if __name__ == "__main__":

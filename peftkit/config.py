@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from peftkit.backbones.load import BackboneSettings
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
+from peftkit.console import Parser
 from peftkit.errors import ConfigError, UsageError
 from peftkit.methods import AnyMethod
 from peftkit.methods.base import Method
@@ -44,7 +45,7 @@ class TrainingSettings(Section):
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
-    group_by_length: bool = True
+    group_by_length: bool = False
     """Draw batches from examples of similar length, so that less padding is computed."""
     evaluate_every: Literal["epoch"] | PositiveInt = "epoch"
     early_stopping_patience: PositiveInt | None = None
@@ -126,10 +127,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
 
 def read_run(expect: type[Method] | None = None, arguments: Sequence[str] | None = None) -> Run:
     """The run named on a recipe's command line: `--config FILE [section.key=value …]`."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False)
+    parser = Parser(description=sys.modules["__main__"].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     run = load_run(options.config, options.overrides)
     if expect is not None and not isinstance(run.method, expect):
@@ -143,5 +144,5 @@ def validate(document: Document) -> Run:
     try:
         # JSON mode is strict about numbers in quotes and booleans, yet takes lists for tuples.
         return Run.model_validate_json(json.dumps(document.tree), strict=True)
-    except ValidationError as error:
-        raise ConfigError(problems(document, error.errors(), Run)) from None
+    except ValidationError:
+        raise ConfigError(problems(document, Run)) from None

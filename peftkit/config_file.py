@@ -7,7 +7,9 @@ error (YAML 1.2's core schema).
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +24,34 @@ KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 
 
-class _CoreSchemaLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's idea of booleans, numbers and null."""
-
-
-_CoreSchemaLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
+_CORE_SCHEMA = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+)
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's idea of booleans, numbers and null."""
+
+
+class _CoreSchemaDumper(yaml.SafeDumper):
+    """SafeDumper that also quotes the texts which YAML 1.2 would read as something else, such as `1e5`."""
+
+
+_CoreSchemaLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _CORE_SCHEMA:
+    for _class in (_CoreSchemaLoader, _CoreSchemaDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """PyYAML's own takes 010 for eight."""
+    return int(loader.construct_scalar(node))
+
+
+_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 @dataclass
@@ -47,12 +65,23 @@ class Document:
 
     def where(self, path: KeyPath) -> str:
         """`file.yaml:12` of the key, of its nearest parent, or `command line`."""
+        at = self._origin(path)
+        return at if isinstance(at, str) else f"{self.source}:{at}" if at else self.source
+
+    def order(self, path: KeyPath) -> float:
+        """Sorts keys as they stand in the file; what the file lacks, and then the command line, come last."""
+        at = self._origin(path)
+        return math.inf if isinstance(at, str) else at or sys.maxsize
+
+    def _origin(self, path: KeyPath) -> int | str | None:
+        if path and path not in self.lines and any(key[: len(path)] == path for key in self.overridden):
+            return COMMAND_LINE
         for length in range(len(path), 0, -1):
             if path[:length] in self.overridden:
                 return COMMAND_LINE
             if path[:length] in self.lines:
-                return f"{self.source}:{self.lines[path[:length]]}"
-        return self.source
+                return self.lines[path[:length]]
+        return None
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
@@ -70,24 +99,38 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 def parse_document(text: str, source: str) -> Document:
     """Parse YAML text; `source` is what error messages call it."""
-    loader = _CoreSchemaLoader(text)
+    reader = _Reader(source)
     try:
-        node = loader.get_single_node()
-        lines: dict[KeyPath, int] = {}
-        problems: list[str] = []
-        tree = _build(loader, node, (), lines, problems, source) if node else {}
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError([f"{source}:{line}: not valid YAML: {error.problem}"]) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError([f"{source}: not valid YAML: {error}"]) from error
-    finally:
-        loader.dispose()
-    if problems:
-        raise ConfigError(problems)
+        tree = reader.build(_compose(text, source), ())
+    except RecursionError as error:
+        raise ConfigError([f"{source}: not valid YAML: nested too deeply"]) from error
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError([f"{source}:1: expected sections such as `backbone:`, found {type(tree).__name__}"])
-    return Document(source, tree, lines)
+    return Document(source, tree, reader.lines)
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """YAML text that `parse_document` reads back as the same tree."""
+    return yaml.dump(tree, Dumper=_CoreSchemaDumper, sort_keys=False, allow_unicode=True)
+
+
+def _compose(text: str, source: str) -> yaml.Node:
+    try:
+        return _CoreSchemaLoader(text).get_single_node() or yaml.MappingNode("tag:yaml.org,2002:map", [])
+    except yaml.MarkedYAMLError as error:
+        # a quote that is never closed is better looked for where it opens
+        at_end = error.problem_mark is None or error.problem_mark.index >= len(text.rstrip())
+        mark = error.context_mark if at_end and error.context_mark else error.problem_mark
+        place = f"{source}:{mark.line + 1}" if mark else source
+        what = ": ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError([f"{place}: not valid YAML: {what}"]) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError([f"{source}:{line}: not valid YAML: character {error.character!r} is not allowed"]) from error
 
 
 def _read_text(path: Path) -> str:
@@ -103,43 +146,61 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
-def _build(
-    loader: yaml.SafeLoader,
-    node: yaml.Node,
-    path: KeyPath,
-    lines: dict[KeyPath, int],
-    problems: list[str],
-    source: str,
-) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return _build_mapping(loader, node, path, lines, problems, source)
-    if isinstance(node, yaml.SequenceNode):
+class _Reader:
+    """Builds plain data from YAML nodes, and notes where each key stands and what is wrong with it."""
+
+    def __init__(self, source: str) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self.problems: list[str] = []
+        self._source = source
+        self._open: list[yaml.Node] = []
+        self._loader = _CoreSchemaLoader("")
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        if any(node is outer for outer in self._open):
+            return self._refuse(node, f"{_dotted(path)}: this alias stands inside what it names")
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        self._open.append(node)
+        built = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._list(node, path)
+        self._open.pop()
+        return built
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, f"{_dotted(path) or 'the file'}: a key must be one word")
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            here = (*path, key)
+            if key == "<<" and key_node.style is None:
+                self._refuse(key_node, f"{_dotted(here)}: merge keys are not read; write out what they would add")
+                continue
+            if key in mapping:
+                self._refuse(key_node, f"'{_dotted(here)}' stands here and in line {self.lines[here]}; keep one")
+            self.lines[here] = line
+            mapping[key] = self.build(value_node, here)
+        return mapping
+
+    def _list(self, node: yaml.Node, path: KeyPath) -> list[Any]:
         for position, item in enumerate(node.value):
-            lines[(*path, position)] = item.start_mark.line + 1
-        return [
-            _build(loader, item, (*path, position), lines, problems, source) for position, item in enumerate(node.value)
-        ]
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+            self.lines[(*path, position)] = item.start_mark.line + 1
+        return [self.build(item, (*path, position)) for position, item in enumerate(node.value)]
 
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        try:
+            value = self._loader.construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            return self._refuse(node, f"{_dotted(path)}: {getattr(error, 'problem', error)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            return self._refuse(node, f"{_dotted(path)}: {node.value} is too large for a number")
+        if value is not None and not isinstance(value, (str, int, float)):
+            return self._refuse(node, f"{_dotted(path)}: {node.tag} is not read; write text, a number, true or false")
+        return value
 
-def _build_mapping(
-    loader: yaml.SafeLoader,
-    node: yaml.MappingNode,
-    path: KeyPath,
-    lines: dict[KeyPath, int],
-    problems: list[str],
-    source: str,
-) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        line = key_node.start_mark.line + 1
-        here = (*path, key)
-        if key in mapping:
-            problems.append(f"{source}:{line}: '{_dotted(here)}' stands here and in line {lines[here]}; keep one")
-        lines[here] = line
-        mapping[key] = _build(loader, value_node, here, lines, problems, source)
-    return mapping
+    def _refuse(self, node: yaml.Node, problem: str) -> None:
+        self.problems.append(f"{self._source}:{node.start_mark.line + 1}: {problem}")
 
 
 def _apply(document: Document, override: str) -> None:
@@ -162,10 +223,19 @@ def _apply(document: Document, override: str) -> None:
 
 
 def _parse_value(text: str, override: str) -> Any:
+    """The value of an override; a whole section can be given as `{kind: full}`."""
+    line = f"value: {text}"
     try:
-        return parse_document(f"value: {text}", "override").tree["value"]
+        pairs: Any = _compose(line, "override").value
+        tree = parse_document(line, "override").tree
     except ConfigError as error:
-        raise UsageError(f"'{override}': the value is not valid YAML; quote it") from error
+        problem = error.problems[0].partition(": ")[2]
+        hint = "; put the value in quotes if it is text" if "not valid YAML" in problem else ""
+        raise UsageError(f"'{override}': {problem}{hint}") from error
+    # ` #` starts a comment, which on a command line nobody means
+    if len(pairs) != 1 or pairs[0][1].end_mark.index < len(line.rstrip()):
+        raise UsageError(f"'{override}': only a part of the value would be read; put it in quotes")
+    return tree["value"]
 
 
 def _dotted(path: KeyPath) -> str:

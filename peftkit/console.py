@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
+from typing import Any, NoReturn
 
-from peftkit.errors import ConfigError, PeftkitError
+from peftkit.errors import ConfigError, PeftkitError, UsageError
 
 INTERRUPTED = 130
+PATIENCE = 10.0
+"""Seconds that a process waits for the first one to tell what is wrong, before it does so itself."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises, so that `guard` tells what is wrong once, however many processes run."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` shows what there is")
+
+    def print_help(self, file: Any = None) -> None:
+        if _is_first():
+            super().print_help(file)
 
 
 def guard(action: Callable[[], object]) -> int:
@@ -18,12 +37,16 @@ def guard(action: Callable[[], object]) -> int:
     An error that nobody foresaw keeps its traceback.
     """
     try:
-        action()
+        try:
+            action()
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone can still be told from a failure
     except PeftkitError as error:
         _tell(_message(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _tell("interrupted; nothing half-written is left, and the same command goes on from the last checkpoint")
+        if _is_first():
+            _tell("interrupted; the same command starts again, and training goes on from its last checkpoint")
         return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output has gone; flushing at exit would complain a second time
@@ -49,5 +72,11 @@ def _message(error: PeftkitError) -> str:
 
 
 def _tell(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+    if not _is_first():
+        # the first process mostly fails alike, and the launcher then ends this one before its turn comes
+        time.sleep(PATIENCE)
+    print(message, file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftkit.data.collate import collate
+from peftkit.errors import TrainingError
 from peftkit.metrics.extra import extra_values
 from peftkit.prepare import Split
 from peftkit.tasks.base import Prediction, Scores, Task
@@ -54,6 +56,9 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
     """Predictions in the order of the split, each exactly once whatever the number of processes.
 
     Batches hold examples of similar length; every process takes every n-th batch.
+
+    Raises:
+        TrainingError: the model computes NaN.
     """
     import torch
     from accelerate.utils import gather_object
@@ -71,4 +76,18 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
     model.train(was_training)
     if accelerator.num_processes > 1:
         found = gather_object(found)
-    return [prediction for _, prediction in sorted(found, key=lambda item: item[0])]
+    predictions = [prediction for _, prediction in sorted(found, key=lambda item: item[0])]
+    _refuse_nan(predictions, split)
+    return predictions
+
+
+def _refuse_nan(predictions: Sequence[Prediction], split: Split) -> None:
+    """A model that computes no numbers still has an argmax, and would get a score."""
+    for index, prediction in enumerate(predictions):
+        try:
+            json.dumps(prediction, allow_nan=False)
+        except ValueError:
+            raise TrainingError(
+                f"the model's probabilities are not numbers at {split.rows.where(index)}; its weights hold NaN or "
+                "infinity: check the backbone, or train again with a lower training.learning_rate"
+            ) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.store import save
 from peftkit.backbones.load import load
-from peftkit.config import Run
+from peftkit.config import Run, run_id
 from peftkit.data.sources import Splits
 from peftkit.evaluation import Evaluation, evaluate, majority
 from peftkit.prepare import prepare
@@ -45,6 +45,7 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
         splits: rows to use instead of those that `run.task.data` names.
         metrics: `evaluate` modules to compute beside the task's own.
     """
+    run = _in_folder(run)
     accelerator = start(run)
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
@@ -59,3 +60,11 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     folder = save(run, data, backbone, model, record, evaluations, accelerator)
     report(run, record, evaluations)
     return Result(folder, model, record, evaluations)
+
+
+def _in_folder(run: Run) -> Run:
+    """The run with its output folder filled in."""
+    if run.output.folder is not None:
+        return run
+    folder = f"runs/{run.method.kind}-{run_id(run)[:8]}"
+    return run.model_copy(update={"output": run.output.model_copy(update={"folder": folder})})

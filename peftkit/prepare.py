@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,6 +49,12 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     class_weights: tuple[float, ...]
     notes: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what is trained and selected on: tokens, labels and their order."""
+        examples = [self.head.labels, self.train.encoded.examples, self.dev.encoded.examples]
+        return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
 
 
 def prepare(run: Run, splits: Splits | None = None) -> Prepared:

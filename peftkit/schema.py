@@ -15,9 +15,18 @@ class Section(BaseModel):
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like `name`, or None when none is alike."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
-    return matches[0] if matches else None
+    """The candidate that fewest slips of a finger turn into `name`, or None when none is alike.
+
+    A candidate is alike when one slip in three letters explains the difference, or its difflib ratio is `cutoff`
+    or more. Of candidates with equally many slips, one of the same letters wins, and then the greater ratio.
+    """
+    written, ranked = _fold(name), []
+    for candidate in candidates:
+        known = _fold(candidate)
+        slips, ratio = _slips(written, known), difflib.SequenceMatcher(None, name, candidate).ratio()
+        if slips <= max(1, len(name) // 3) < len(name) or ratio >= cutoff:
+            ranked.append((slips, sorted(written) != sorted(known), -ratio, candidate))
+    return min(ranked)[-1] if ranked else None
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
@@ -25,3 +34,21 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     choice = sorted(candidates)
     match = nearest(name, choice)
     return f"; did you mean '{match}'?" if match else f"; it can be: {', '.join(choice)}"
+
+
+def _fold(name: str) -> str:
+    return name.casefold().replace("-", "_")
+
+
+def _slips(one: str, other: str) -> int:
+    """Letters left out, added, replaced, or swapped with their neighbour (optimal string alignment)."""
+    before: list[int] = []
+    last = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        row = [i]
+        for j, wanted in enumerate(other, start=1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Run, run_id
+from peftkit.disk import write_text
 from peftkit.errors import UsageError
+from peftkit.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.yaml"
+HEADER = "# run "
+"""How the first line of `run.yaml` starts; the run's id follows. It tells a run folder from any other."""
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -23,16 +28,26 @@ def start(run: Run) -> Accelerator:
     """Start the processes and seed every generator; the run folder is checked, and untouched until training.
 
     Raises:
-        UsageError: the folder holds something else, or the launcher asks for another precision than the run.
+        UsageError: the folder holds something else, the launcher asks for another precision than the run, or this
+            device has not the precision or the optimizer.
     """
-    folder = Path(str(run.output.folder))
+    from accelerate.utils import set_seed
+
+    folder = run_folder(run)
     check_folder(run, folder)
-    return make_accelerator(run, folder)
+    _check_launcher(run)
+    accelerator = _training_accelerator(run, folder)
+    if run.training.precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would train in float32 without a word
+        raise UsageError("training.precision: fp16 needs a GPU; use bf16 or fp32 here")
+    check_optimizer(run.training.optimizer, accelerator.device.type)
+    set_seed(run.training.seed)
+    return accelerator
 
 
 def claim(run: Run, accelerator: Accelerator) -> None:
     """Write the resolved run into its folder, which from now on belongs to it."""
-    folder = Path(str(run.output.folder))
+    folder = run_folder(run)
     check_folder(run, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -42,50 +57,88 @@ def claim(run: Run, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def make_accelerator(run: Run, folder: Path | None = None) -> Accelerator:
-    """Accelerate's processes and precision for a run; generators seeded with the run's seed."""
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+def inference_accelerator(run: Run) -> Accelerator:
+    """Accelerate's processes and the precision that the run was trained in, or float32 where a CPU has no float16."""
+    import torch
 
-    wanted = MIXED_PRECISION[run.training.precision]
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", wanted):
-        raise UsageError(
-            f"the launcher asks for {launched} and training.precision for {run.training.precision}; "
-            "set one and leave the other out"
-        )
-    try:
-        accelerator = Accelerator(
-            mixed_precision=wanted, log_with=list(run.output.trackers) or None, project_dir=folder
-        )
-    except ValueError as error:
-        raise UsageError(f"training.precision or output.trackers: {error}") from error
-    set_seed(run.training.seed)
-    return accelerator
+    precision = MIXED_PRECISION[run.training.precision]
+    return _accelerator("no" if precision == "fp16" and not torch.cuda.is_available() else precision)
+
+
+def run_folder(run: Run) -> Path:
+    """Where the run is written."""
+    if run.output.folder is None:
+        raise UsageError("output.folder is not set; name the folder that the run is written to")
+    return Path(run.output.folder)
 
 
 def check_folder(run: Run, folder: Path) -> None:
     """Refuse a folder with another run, a finished one, or a stranger's files in it."""
-    if not folder.exists() or run.output.overwrite:
-        if folder.exists() and any(folder.iterdir()) and not (folder / RUN_FILE).is_file():
-            raise UsageError(f"{folder} is not a run folder; peftkit will not overwrite it: name another output.folder")
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise UsageError(f"output.folder: {folder} is a file")
     owner = _owner(folder)
     if owner is None:
         if any(folder.iterdir()):
-            raise UsageError(f"{folder} holds other files; name an empty or new output.folder")
-    elif owner != run_id(run):
+            raise UsageError(
+                f"{folder} is not a run folder and holds other files, which peftkit will not overwrite; "
+                "name an empty or new output.folder"
+            )
+    elif not run.output.overwrite:
+        _check_owner(run, folder, owner)
+
+
+def _check_owner(run: Run, folder: Path, owner: str) -> None:
+    if owner != run_id(run):
         if _holds_work(folder):
             raise UsageError(
                 f"{folder} belongs to run {owner}, not {run_id(run)}; name another output.folder, "
                 "or give it up with output.overwrite=true"
             )
     elif (folder / MANIFEST).is_file():
-        scores = json.loads((folder / MANIFEST).read_text())["scores"]["after"]
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        raise UsageError(f"{folder} holds this run, finished ({shown}); output.overwrite=true trains it again")
+        raise UsageError(f"{folder} holds this run, finished{_scores(folder)}; output.overwrite=true trains it again")
+
+
+def _scores(folder: Path) -> str:
+    try:
+        scores = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["scores"]["after"]
+        return f" ({', '.join(f'{name} {value:.4f}' for name, value in scores.items())})"
+    except (ValueError, LookupError, TypeError, AttributeError):  # a damaged manifest is no reason to overwrite it
+        return ""
+
+
+def _check_launcher(run: Run) -> None:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", MIXED_PRECISION[run.training.precision]):
+        raise UsageError(
+            f"the launcher asks for {launched} and training.precision for {run.training.precision}; "
+            "set one and leave the other out"
+        )
+
+
+def _training_accelerator(run: Run, folder: Path) -> Accelerator:
+    trackers, precision = run.output.trackers, MIXED_PRECISION[run.training.precision]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`log_with=", UserWarning)  # told below, as an error
+            accelerator = _accelerator(precision, log_with=list(trackers) or None, project_dir=folder)
+    except ValueError as error:
+        raise UsageError(f"training.precision or output.trackers: {error}") from error
+    started = {str(getattr(one, "value", one)) for one in accelerator.log_with}
+    if missing := [name for name in trackers if name not in started and name != "all"]:
+        # Accelerate leaves these out without a word
+        raise UsageError(f"output.trackers: {missing[0]} is not installed here; install it, or leave it out")
+    return accelerator
+
+
+def _accelerator(mixed_precision: str, **options: Any) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # its precision is kept for the whole process; a second run in the same Python may want another
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision, **options)
 
 
 def _holds_work(folder: Path) -> bool:
@@ -94,20 +147,31 @@ def _holds_work(folder: Path) -> bool:
 
 
 def _owner(folder: Path) -> str | None:
-    file = folder / RUN_FILE
-    if not file.is_file():
+    """The run that a folder belongs to; None for a folder that peftkit did not make."""
+    try:
+        with (folder / RUN_FILE).open(encoding="utf-8") as lines:
+            first = lines.readline()
+    except (OSError, UnicodeDecodeError):
         return None
-    first = file.read_text().partition("\n")[0]
-    return first.removeprefix("# run ").strip()
+    return first.removeprefix(HEADER).strip() if first.startswith(HEADER) else None
 
 
 def _write_run(run: Run, folder: Path) -> None:
     import yaml
 
     if folder.exists() and (run.output.overwrite or not _holds_work(folder)):
-        shutil.rmtree(folder)
+        _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    partial = folder / f".{RUN_FILE}"
-    partial.write_text(f"# run {run_id(run)}\n{text}", encoding="utf-8")
-    partial.rename(folder / RUN_FILE)
+    write_text(folder / RUN_FILE, f"{HEADER}{run_id(run)}\n{text}")
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder and leave the folder, which may be a link or the root of a disk.
+
+    `run.yaml` goes last, so that a folder half emptied still counts as a run's."""
+    for entry in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

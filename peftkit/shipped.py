@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import shutil
 from pathlib import Path
 
 from peftkit.errors import UsageError
@@ -36,11 +35,13 @@ def copy(name: str, target: Path | None) -> Path:
     target = target or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    if target.exists():
-        raise UsageError(f"{target} exists; name another file")
     if not target.parent.is_dir():
         raise UsageError(f"no folder {target.parent}")
-    shutil.copyfile(source, target)
+    try:
+        with target.open("xb") as stream:
+            stream.write(source.read_bytes())
+    except FileExistsError:
+        raise UsageError(f"{target} exists; name another file") from None
     return target
 
 

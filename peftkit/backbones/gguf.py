@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import FetchError
+from peftkit.quiet import quiet_libraries
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -16,7 +16,8 @@ def convert(gguf: Path, folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        # transformers draws its conversion bar with tqdm itself, which only a redirected stderr silences
+        with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
             model = _load_model(gguf)
             _without_quantisation(model).save_pretrained(folder)
             _load_tokenizer(gguf, model.config.max_position_embeddings).save_pretrained(folder)
@@ -27,20 +28,6 @@ def convert(gguf: Path, folder: Path) -> None:
             f"could not convert {gguf.name} to safetensors: {error}; "
             "check that the installed transformers and gguf packages belong together (`pip check`)"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' notices and progress bars off the terminal; failures are raised all the same."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _load_model(gguf: Path) -> Any:

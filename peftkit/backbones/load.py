@@ -102,7 +102,12 @@ def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> Pr
         raise BackboneError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise BackboneError(f"{folder} has no fast tokenizer (tokenizer.json), which aligning words needs")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # what transformers makes of a folder without tokenizer files, in silence: every word would be unknown
+        raise BackboneError(f"the tokenizer in {folder} has no vocabulary; add tokenizer.json or the model's own files")
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BackboneError(f"the tokenizer in {folder} has neither a padding nor an end token; give it one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -219,8 +224,8 @@ def _trained_heads(model: nn.Module, fresh: set[str], folder: Path) -> tuple[str
 
 
 def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    """Decoders look for the last token that is not padding: they must be told what batches are filled up with."""
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _revision(settings: BackboneSettings, folder: Path) -> str | None:

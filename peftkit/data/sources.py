@@ -91,8 +91,10 @@ def splits_from(
     return _splits([_rows_of(table, name) for name, table in tables.items()], settings, label)
 
 
-def missing_files(settings: DataSettings) -> list[str]:
+def missing_files(settings: DataSettings | None) -> list[str]:
     """What `read_splits` would miss on this machine: variables, files and folders that are not there."""
+    if settings is None:
+        return ["task.data: the rows must be given in Python"]
     find: Callable[[str], Path | str] = _folder_or_id if settings.name else _named_file
     bundled = settings.name is not None and settings.name.startswith(BUNDLED)
     named = [settings.name] if settings.name else [settings.train, settings.dev, settings.test]

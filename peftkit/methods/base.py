@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.errors import MethodError
 from peftkit.schema import Section
@@ -52,6 +53,10 @@ class Method(Section, ABC):
     @abstractmethod
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:
         """Parameters that the method adds to `model` (which may be on the meta device), in closed form."""
+
+    def stored_parameters(self, model: nn.Module, layout: Layout) -> int:
+        """What `save` writes for the added parameters; more of them than train where the base was rewritten."""
+        return self.added_parameters(model, layout)
 
     def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
         """Parameters of the backbone itself that the method trains."""
@@ -106,6 +111,36 @@ def check_trained(model: nn.Module, expected: int, method: Method) -> None:
             f"method '{method.kind}' should train {expected:,} parameters but {found:,} have gradients; "
             "this is a fault of peftkit for this architecture: please report it with `peftkit env`"
         )
+
+
+def train_in_float32(model: nn.Module, modules: Iterable[str]) -> None:
+    """Hold the named modules in float32 and cast what they are given.
+
+    A step of bfloat16 weights smaller than 1/256 of the weight rounds to nothing, so a head held so barely learns.
+    """
+    import torch
+
+    for name in modules:
+        module = model.get_submodule(name)
+        if any(p.dtype != torch.float32 for p in module.parameters()):
+            module.float().register_forward_pre_hook(_inputs_in_own_dtype)
+
+
+def _inputs_in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    from torch import is_floating_point, is_tensor
+
+    dtype = next(module.parameters()).dtype  # a merged model may have been cast since
+    return tuple(one.to(dtype) if is_tensor(one) and is_floating_point(one) else one for one in inputs)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give safetensors files, which are written for their owner alone, the mode of every other new file."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def module_parameters(model: nn.Module, names: Iterable[str]) -> int:

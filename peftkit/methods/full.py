@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from peftkit.errors import ArtifactError
-from peftkit.methods.base import Method, module_parameters
+from peftkit.errors import ArtifactError, MethodError
+from peftkit.methods.base import Method, follow_umask, module_parameters
+from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,10 +23,21 @@ class Full(Method):
     kind: Literal["full"] = "full"
 
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
+        import torch
+
+        held = {p.dtype for p in backbone.model.parameters()} - {torch.float32}
+        if held:
+            name = str(held.pop()).removeprefix("torch.")
+            raise MethodError(
+                f"full fine-tuning of weights held in {name} loses every step that is smaller than their rounding; "
+                "set backbone.dtype: float32 (and training.precision: bf16 for speed)"
+            )
         return backbone.model.requires_grad_(True)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with quiet_libraries():
+            model.save_pretrained(folder)  # type: ignore[operator]
+        follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
         from safetensors.torch import load_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, check_trained, module_parameters
+from peftkit.methods.base import Method, check_trained, follow_umask, module_parameters, train_in_float32
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -67,14 +68,17 @@ class LoRA(Method):
         with quiet_libraries():
             from peft import get_peft_model
 
-        model = backbone.model
+        model: Any = backbone.model
         expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
+        config = self._peft_config(backbone)
+        train_in_float32(model, backbone.head_modules)
         with quiet_libraries():
-            peft_model = get_peft_model(model, self._peft_config(backbone))  # type: ignore[arg-type]
+            peft_model: Any = get_peft_model(model, config)
         check_trained(peft_model, expected, self)
         if self._rewrites_base:
-            peft_model.initial_adapter = _adapter_matrices(peft_model)  # type: ignore[assignment]
-        return peft_model
+            peft_model.initial_adapter = _adapter_matrices(peft_model)
+        adapted: nn.Module = peft_model
+        return adapted
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """peft's own format. An initialization that rewrote the base is saved as the LoRA of twice the rank
@@ -82,16 +86,16 @@ class LoRA(Method):
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        config = model.peft_config[ADAPTER]  # type: ignore[union-attr,index]
-        state: dict[str, Tensor] = get_peft_model_state_dict(model)
+        peft_model: Any = model
+        config = copy.copy(peft_model.peft_config[ADAPTER])
+        state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
         if self._rewrites_base:
-            config, state = self._over_untouched_base(config, state, model.initial_adapter)  # type: ignore[arg-type]
+            config, state = self._over_untouched_base(config, state, peft_model.initial_adapter)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        inference = config.inference_mode
         config.inference_mode = True
         config.save_pretrained(folder)
-        config.inference_mode = inference
+        follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
         from safetensors import safe_open
@@ -99,8 +103,10 @@ class LoRA(Method):
         with quiet_libraries():
             from peft import PeftModel, get_peft_model_state_dict
 
+        train_in_float32(backbone.model, backbone.head_modules)
+        base: Any = backbone.model
         with quiet_libraries():
-            model = PeftModel.from_pretrained(backbone.model, folder)  # type: ignore[arg-type]
+            model = PeftModel.from_pretrained(base, folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             differing = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(model)))
         if differing:
@@ -113,10 +119,14 @@ class LoRA(Method):
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:
         """Σ rank · (in + out) over the adapted matrices; DoRA adds out each."""
-        return sum(self._matrix_parameters(name, model.get_submodule(name)) for name in self._names(model, layout))
+        return self._added(model, layout, self.rank)
+
+    def stored_parameters(self, model: nn.Module, layout: Layout) -> int:
+        return self._added(model, layout, 2 * self.rank if self._rewrites_base else self.rank)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        return dict(model.initial_adapter) if self._rewrites_base else {}  # type: ignore[arg-type]
+        peft_model: Any = model
+        return dict(peft_model.initial_adapter) if self._rewrites_base else {}
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         if not self._rewrites_base:
@@ -124,7 +134,8 @@ class LoRA(Method):
         import torch
 
         # The residual in the base belongs to the initial matrices of the first process, bit for bit.
-        for name, initial in model.initial_adapter.items():  # type: ignore[union-attr,operator]
+        peft_model: Any = model
+        for name, initial in peft_model.initial_adapter.items():
             if not torch.equal(initial.cpu(), state[name].cpu()):
                 raise MethodError(
                     f"'{self.initialization}' gave other initial matrices here than in the checkpoint ({name}); "
@@ -140,38 +151,45 @@ class LoRA(Method):
 
         return target_modules(model, layout, self.targets)
 
-    def _matrix_parameters(self, name: str, module: nn.Module) -> int:
-        inputs, outputs = _matrix_shape(name, module)
-        if self.rank > min(inputs, outputs):
-            raise MethodError(f"rank {self.rank} exceeds '{name}', which is {outputs} × {inputs}; lower method.rank")
-        return self.rank * (inputs + outputs) + (outputs if self.variant == "dora" else 0)
+    def _added(self, model: nn.Module, layout: Layout, rank: int) -> int:
+        """The numbers in all B, A and DoRA lengths when B and A have this rank."""
+        from peftkit.backbones.layouts import head_modules
+
+        total, names = 0, self._names(model, layout)
+        _refuse_trained_whole(names, head_modules(model))
+        for name in names:
+            inputs, outputs = _matrix_shape(name, model.get_submodule(name))
+            if self.rank > min(inputs, outputs):
+                what = f"rank {self.rank} exceeds '{name}', which is {outputs} × {inputs}"
+                raise MethodError(f"{what}; lower method.rank")
+            total += rank * (inputs + outputs) + (outputs if self.variant == "dora" else 0)
+        return total
 
     def _peft_config(self, backbone: Backbone) -> LoraConfig:
         from peft import LoraConfig
 
         name = type(backbone.model).__name__
         task_type = next((task for suffix, task in TASK_TYPES.items() if name.endswith(suffix)), None)
-        default = self.initialization == "default"
+        targets = self._names(backbone.model, backbone.layout)
+        _refuse_trained_whole(targets, backbone.head_modules)
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=self._names(backbone.model, backbone.layout),
+            target_modules=targets,
+            fan_in_fan_out=_are_transposed(backbone.model, targets),
             modules_to_save=list(backbone.head_modules) or None,
             use_rslora=self.variant == "rslora",
             use_dora=self.variant == "dora",
-            init_lora_weights=True if default else self.initialization,  # type: ignore[arg-type]
-            task_type=task_type,  # type: ignore[arg-type]
+            init_lora_weights=True if self.initialization == "default" else self.initialization,  # type: ignore[arg-type]
+            task_type=task_type,
         )
 
     def _over_untouched_base(
         self, config: LoraConfig, state: dict[str, Tensor], initial: dict[str, Tensor]
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        import copy
-
         import torch
 
-        config = copy.copy(config)
         config.r = 2 * self.rank
         # the scale must stay: alpha / rank doubles both, alpha / √rank grows by √2
         config.lora_alpha = self.alpha * (math.sqrt(2) if self.variant == "rslora" else 2)  # type: ignore[assignment]
@@ -182,6 +200,20 @@ class LoRA(Method):
             is_a = ".lora_A." in name
             state[name] = torch.cat([state[name], start if is_a else -start], dim=0 if is_a else 1)
         return config, state
+
+
+def _refuse_trained_whole(targets: list[str], heads: tuple[str, ...]) -> None:
+    """Refuse low-rank updates of what is trained and saved as a whole anyway."""
+    for name in targets:
+        if any(f"{name}.".startswith(f"{head}.") for head in heads):
+            raise MethodError(f"target '{name}' is in the head, which trains as a whole; leave it out of the targets")
+
+
+def _are_transposed(model: nn.Module, names: list[str]) -> bool:
+    """Whether the weights are (in, out), as GPT-2's are; said outright, or peft warns that it found out."""
+    from transformers.pytorch_utils import Conv1D
+
+    return all(isinstance(model.get_submodule(name), Conv1D) for name in names)
 
 
 def _matrix_shape(name: str, module: nn.Module) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, train_only, trained_parameters
+from peftkit.methods.base import Method, follow_umask, train_in_float32, train_only, trained_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,7 @@ class HeadOnly(Method):
         if not backbone.head_modules:
             raise MethodError("method 'head' needs a model with a task head; this one has none to train")
         train_only(backbone.model, backbone.head_modules)
+        train_in_float32(backbone.model, backbone.head_modules)
         return backbone.model
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -37,11 +38,12 @@ class HeadOnly(Method):
 
         tensors = {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "method": self.kind})
+        follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
         from safetensors.torch import load_file
 
-        train_only(backbone.model, backbone.head_modules)
+        self.attach(backbone, total_steps=1)
         expected = trained_parameters(backbone.model)
         tensors = load_file(folder / WEIGHTS)
         if expected.keys() != tensors.keys():

@@ -37,10 +37,12 @@ class ClassificationReport(evaluate.Metric):
             {"name": label} | {name: column[i].item() for name, column in zip(names, columns, strict=True)}
             for i, label in enumerate(self._labels)
         ]
+        # sklearn warns where a single class leaves the correlation undefined, and gives 0 too
+        undefined = len({*references, *predictions}) < 2
         return {
             "accuracy": float(accuracy_score(references, predictions)),
             "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0)),
             "weighted_f1": float(f1_score(references, predictions, average="weighted", zero_division=0.0)),
-            "matthews": float(matthews_corrcoef(references, predictions)),
+            "matthews": 0.0 if undefined else float(matthews_corrcoef(references, predictions)),
             "per_class": per_class,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -41,11 +42,26 @@ def extra_values(
     values: dict[str, float] = {}
     for metric in metrics:
         label, options = _label_and_options(metric)
-        for name, value in _compute(metric, label, options, predictions, references).items():
-            if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
-                taken = name in known or name in values
-                values[f"{label}_{name}" if taken else name] = float(value)
+        figures = _figures(_compute(metric, label, options, predictions, references))
+        if not figures:
+            raise UsageError(f"metric '{label}' gives no single number, so it cannot be recorded; set its options")
+        for name, value in figures.items():
+            values[_free_name(name, label, {*known, *values})] = value
     return values
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in result.items()
+        if isinstance(value, int | float) or getattr(value, "ndim", None) == 0
+    }
+
+
+def _free_name(name: str, label: str, taken: Collection[str]) -> str:
+    """`name`, else `label_name`, else `label_name_2` and so on."""
+    numbered = (f"{label}_{name}_{number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain((name, f"{label}_{name}"), numbered) if one not in taken)
 
 
 def load_metric(settings: MetricSettings) -> Any:
@@ -66,7 +82,7 @@ def load_metric(settings: MetricSettings) -> Any:
 def _label_and_options(metric: MetricSettings | Any) -> tuple[str, dict[str, Any]]:
     if isinstance(metric, MetricSettings):
         return metric.name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".py"), metric.options
-    return str(metric.name), {}
+    return str(getattr(metric, "name", type(metric).__name__)), {}
 
 
 def _compute(

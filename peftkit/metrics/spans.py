@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 import evaluate
-from seqeval.metrics import accuracy_score, classification_report
+from seqeval.metrics import accuracy_score
+from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
 
 class EntityReport(evaluate.Metric):
@@ -30,23 +31,22 @@ class EntityReport(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-        report = classification_report(references, predictions, output_dict=True, zero_division=0)
-        micro = report["micro avg"]
-        per_class = [_row(name, row) for name, row in report.items() if not name.endswith(" avg")]
+        # not classification_report: it warns about splits without any entity
+        columns = precision_recall_fscore_support(references, predictions, average=None, zero_division=0)
+        micro = precision_recall_fscore_support(references, predictions, average="micro", zero_division=0)
+        names = ("precision", "recall", "f1", "support")
         return {
-            "entity_f1": float(micro["f1-score"]),
-            "entity_precision": float(micro["precision"]),
-            "entity_recall": float(micro["recall"]),
+            "entity_f1": float(micro[2]),
+            "entity_precision": float(micro[0]),
+            "entity_recall": float(micro[1]),
             "tag_accuracy": float(accuracy_score(references, predictions)),
-            "per_class": per_class,
+            "per_class": [
+                {"name": kind} | {name: column[i].item() for name, column in zip(names, columns, strict=True)}
+                for i, kind in enumerate(_types(references, predictions))
+            ],
         }
 
 
-def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "precision": float(row["precision"]),
-        "recall": float(row["recall"]),
-        "f1": float(row["f1-score"]),
-        "support": int(row["support"]),
-    }
+def _types(*splits: Sequence[Sequence[str]]) -> list[str]:
+    """Entity types in seqeval's order."""
+    return sorted({entity for split in splits for tags in split for entity, _, _ in get_entities(list(tags))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from peftkit.backbones.layouts import head_modules, layout_for
 from peftkit.backbones.load import BackboneSettings, Head, meta_model, read_config, resolve_config
 from peftkit.config_file import parse_document
-from peftkit.errors import ConfigError, UsageError
+from peftkit.errors import ConfigError, MethodError, UsageError
 from peftkit.methods import AnyMethod
 from peftkit.methods.base import Method, module_parameters
 from peftkit.schema import did_you_mean
@@ -38,6 +39,7 @@ class Counts:
     """The task's head: trained and saved with every method."""
     trainable_parameters: int
     saved_parameters: int
+    """In the saved files; more than train where an initialization rewrote the base."""
     backbone_parameters: int
     """The pretrained model without any head."""
 
@@ -61,15 +63,17 @@ def count_methods(backbone: str, specs: Sequence[str], task: str | None, labels:
         labels: outputs of the head.
     """
     methods = [(spec, parse_method(spec)) for spec in specs]
+    if labels < 1:
+        raise UsageError(f"--labels: a head has at least one output, not {labels}")
     model = meta_model(read_config(resolve_config(BackboneSettings(name=backbone))), _head(task, labels))
-    return [count(spec, method, model) for spec, method in methods]
+    return [_count_asked(spec, method, model) for spec, method in methods]
 
 
 def count(spec: str, method: Method, model: nn.Module) -> Counts:
     """Counts of one method on a model, which may be on the meta device."""
     config: Any = model.config
-    layout = layout_for(config.model_type, model)  # type: ignore[arg-type]
-    heads = head_modules(model)  # type: ignore[arg-type]
+    layout = layout_for(config.model_type, model)
+    heads = head_modules(model)
     added = method.added_parameters(model, layout)
     head = module_parameters(model, heads)
     trained = added + head + method.tuned_parameters(model, heads)
@@ -78,7 +82,7 @@ def count(spec: str, method: Method, model: nn.Module) -> Counts:
         adapter_parameters=added,
         head_parameters=head,
         trainable_parameters=trained,
-        saved_parameters=trained,
+        saved_parameters=trained - added + method.stored_parameters(model, layout),
         backbone_parameters=sum(p.numel() for p in model.parameters()) - head,
     )
 
@@ -95,12 +99,21 @@ def parse_method(spec: str) -> Method:
         key, equals, text = item.partition("=")
         if not equals:
             raise UsageError(f"--method {spec}: '{item}' is not key=value")
+        if key in values:
+            raise UsageError(f"--method {spec}: '{key}' is given twice; keep one")
         values[key] = _value(text, spec)
     try:
-        method: Method = TypeAdapter(AnyMethod).validate_python(values)
+        method: Method = TypeAdapter(AnyMethod).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UsageError(f"--method {spec}: {_reason(error, kind)}") from None
     return method
+
+
+def _count_asked(spec: str, method: Method, model: nn.Module) -> Counts:
+    try:
+        return count(spec, method, model)
+    except MethodError as error:
+        raise UsageError(f"--method {spec}: {error}") from error
 
 
 def _head(task: str | None, labels: int) -> Head | None:
@@ -127,7 +140,10 @@ def _reason(error: ValidationError, kind: str) -> str:
     if first["type"] == "union_tag_invalid":
         kinds = str((first.get("ctx") or {}).get("expected_tags", "")).replace("'", "").split(", ")
         return f"no method '{kind}'{did_you_mean(kind, kinds)}"
-    name = str(first["loc"][-1])
+    name = str(first["loc"][1]) if len(first["loc"]) > 1 else kind
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", str((first.get("ctx") or {}).get("expected", "")))
+        return f"{name}: no '{first['input']}'{did_you_mean(str(first['input']), choices)}"
     if first["type"] == "extra_forbidden":
         method = next(member for member in Method.__subclasses__() if member.model_fields["kind"].default == kind)
         return f"'{kind}' has no '{name}'{did_you_mean(name, set(method.model_fields) - {'kind'})}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
 
 from peftkit.backbones.load import Head
 from peftkit.data.files import Rows
 from peftkit.data.sources import DataSettings, Splits, read_splits
-from peftkit.errors import DataError
+from peftkit.errors import DataError, UsageError
 from peftkit.metrics.extra import AnyMetric
 from peftkit.schema import Section, nearest
 from peftkit.tasks.losses import AnyLoss, CrossEntropy
@@ -66,18 +66,32 @@ class Task(Section, ABC):
     headline: ClassVar[str]
     """The score that early stopping watches; higher is better."""
     kind: str
-    data: DataSettings
+    data: DataSettings | None = None
+    """Left out only where the rows are handed over in Python: `peftkit.train(run, splits=…)`."""
     max_length: Annotated[int, Field(gt=2)] = 256
     """Tokens; longer texts are cut, and counted."""
     loss: AnyLoss = CrossEntropy()
     metrics: tuple[AnyMetric, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_its_data(self, info: ValidationInfo) -> Self:
+        # a configuration file must name them; that of a run from Python says null
+        if info.mode == "json" and "data" not in self.model_fields_set:
+            raise ValueError("data is missing: name a file as data.train, or a data set as data.name")
+        return self
 
     @abstractmethod
     def label_column(self) -> str:
         """The column that holds what is to be predicted."""
 
     def splits(self) -> Splits:
-        """Raw rows of train, dev and test, as the configuration names them."""
+        """Raw rows of train, dev and test, as the configuration names them.
+
+        Raises:
+            UsageError: it names none, because they were handed over in Python.
+        """
+        if self.data is None:
+            raise UsageError("task.data names no rows, so they must be given: in Python as splits, or as --data FILE")
         return read_splits(self.data, label=self.label_column())
 
     @abstractmethod
@@ -137,8 +151,11 @@ def refuse_rows(rows: Rows, indices: Sequence[int], what: str, mend: str) -> Non
         raise DataError(f"{places}{more}: {what}; {mend}")
 
 
-def unknown_label(rows: Rows, index: int, label: str, labels: Sequence[str]) -> DataError:
-    """The error for a label that training does not have."""
-    near = nearest(label, labels)
-    hint = f"did you mean '{near}'?" if near else f"training has: {', '.join(labels[:12])}"
-    return DataError(f"{rows.where(index)}: label '{label}' never occurs in training; {hint}")
+def refuse_unknown(rows: Rows, unknown: Mapping[int, str], labels: Sequence[str]) -> None:
+    """Raise one DataError for rows (by index) with a label that training does not have."""
+    for label in dict.fromkeys(unknown.values()):
+        indices = [index for index, one in unknown.items() if one == label]
+        near = nearest(label, labels)
+        more = ", …" if len(labels) > 12 else ""
+        hint = f"did you mean '{near}'?" if near else f"training has: {', '.join(labels[:12])}{more}"
+        refuse_rows(rows, indices, f"label '{label}' never occurs in training", hint)

@@ -67,7 +67,9 @@ class Focal(CrossEntropy):
 
     def item_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = super().item_losses(logits, labels)
-        return (-losses).exp().neg().add(1).clamp(min=0).pow(self.gamma) * losses
+        # expm1 is exact where p is near 1; the floor keeps the gradient finite at p = 1 when γ < 1
+        wrong = (-losses).expm1().neg().clamp(min=1e-30)
+        return wrong.pow(self.gamma) * losses
 
 
 def _loss_by_name(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,11 +12,13 @@ from pydantic import field_validator
 from peftkit.backbones.load import Head
 from peftkit.data.files import Rows
 from peftkit.errors import DataError, UsageError
-from peftkit.tasks.base import Batch, Encoded, Prediction, Scores, Task, refuse_rows, unknown_label
+from peftkit.tasks.base import Batch, Encoded, Prediction, Scores, Task, refuse_rows, refuse_unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
+
+NUMBER = re.compile(r"-?\d+")
 
 
 class SequenceClassification(Task):
@@ -103,10 +106,12 @@ class SequenceClassification(Task):
 
     def references(self, rows: Rows, labels: Sequence[str]) -> list[str]:
         rows.require(self.label)
-        known = set(labels)
         found = [_label_text(record[self.label]) for record in rows.records]
         refuse_rows(rows, [i for i, one in enumerate(found) if one is None], "no label", f"fill in '{self.label}'")
-        return [self._known(rows, index, str(label), labels, known) for index, label in enumerate(found)]
+        texts = self._by_position([str(label) for label in found])
+        known = set(labels)
+        refuse_unknown(rows, {i: text for i, text in enumerate(texts) if text not in known}, labels)
+        return texts
 
     def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction]:
         winner = Counter(self.references(train, labels)).most_common(1)[0][0]
@@ -114,23 +119,21 @@ class SequenceClassification(Task):
 
     def _label_order(self, train: Rows) -> tuple[str, ...]:
         train.require(self.label)
-        if self.label in train.features:
-            return train.features[self.label]
         found = {_label_text(record[self.label]) for record in train.records} - {None}
-        texts = [str(label) for label in found]
-        if len(texts) < 2:
-            raise DataError(f"{train.source}: column '{self.label}' has {len(texts)} label; classification needs two")
-        if all(text.lstrip("-").isdecimal() for text in texts):
-            return tuple(sorted(texts, key=int))
-        return tuple(sorted(texts))
+        texts = sorted(str(label) for label in found)
+        if all(NUMBER.fullmatch(text) for text in texts):
+            texts.sort(key=int)
+        names = train.features.get(self.label) or tuple(texts)
+        if len(names) < 2:
+            raise DataError(f"{train.source}: column '{self.label}' has {len(names)} label; classification needs two")
+        return names
 
-    def _known(self, rows: Rows, index: int, label: str, labels: Sequence[str], known: set[str]) -> str:
-        if label in known:
-            return label
-        # numbers in the data, names in the configuration: the number is the position
-        if self.labels and label.isdecimal() and int(label) < len(labels):
-            return labels[int(label)]
-        raise unknown_label(rows, index, label, labels)
+    def _by_position(self, texts: list[str]) -> list[str]:
+        """Numbers in the data are positions where the configuration has only names."""
+        if not self.labels or any(NUMBER.fullmatch(label) for label in self.labels):
+            return texts
+        names = {str(position): label for position, label in enumerate(self.labels)}
+        return [names.get(text, text) for text in texts]
 
     def _texts(self, rows: Rows, column: str) -> list[str]:
         rows.require(column)

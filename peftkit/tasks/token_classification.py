@@ -11,13 +11,14 @@ from peftkit.backbones.load import Head
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.errors import DataError, UsageError
-from peftkit.tasks.base import Batch, Encoded, Prediction, Scores, Task, refuse_rows, unknown_label
+from peftkit.tasks.base import Batch, Encoded, Prediction, Scores, Task, refuse_rows, refuse_unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 OUTSIDE = "O"
+TYPED = "(typed)"  # where rows_from_text keeps the text and the offsets of its words
 WORD = re.compile(r"\w+(?:['’\-.]\w+)*|[@#]\w+|[^\w\s]")
 
 
@@ -37,7 +38,7 @@ class TokenClassification(Task):
         return self.tags
 
     def head(self, train: Rows) -> Head:
-        train.require(self.tags)
+        self._check_lists(train, self.tags, "tags")
         tags = {str(tag) for record in train.records for tag in record[self.tags]}
         if train.features.get(self.tags):
             tags = set(train.features[self.tags])
@@ -109,18 +110,15 @@ class TokenClassification(Task):
         records = []
         for text in texts:
             words = split_words(text)
-            records.append(
-                {self.tokens: [word for word, _, _ in words], "text": text}
-                | {"offsets": [(start, end) for _, start, end in words]}
-            )
+            offsets = [(start, end) for _, start, end in words]
+            records.append({self.tokens: [word for word, _, _ in words], TYPED: (text, offsets)})
         return Rows("input", records, range(1, len(records) + 1))
 
     def describe(self, prediction: Prediction, record: dict[str, Any]) -> dict[str, Any]:
         """Entities with character offsets in the text (for given words: in the words joined by spaces). The
         probability of an entity is that of its least certain word."""
         words = record[self.tokens]
-        text = record.get("text", " ".join(words))
-        offsets = record.get("offsets") or _offsets(words)
+        text, offsets = record.get(TYPED) or (" ".join(words), _offsets(words))
         entities = [
             {
                 "type": kind,
@@ -134,14 +132,12 @@ class TokenClassification(Task):
         return {"text": text, "entities": entities}
 
     def references(self, rows: Rows, labels: Sequence[str]) -> list[list[str]]:
-        rows.require(self.tokens, self.tags)
-        known = set(labels)
+        self._check_lists(rows, self.tokens, "words")
+        self._check_lists(rows, self.tags, "tags")
         uneven = [i for i, r in enumerate(rows.records) if len(r[self.tokens]) != len(r[self.tags])]
         refuse_rows(rows, uneven, f"'{self.tokens}' and '{self.tags}' differ in length", "give each word one tag")
-        for index, record in enumerate(rows.records):
-            for tag in record[self.tags]:
-                if tag not in known:
-                    raise unknown_label(rows, index, str(tag), labels)
+        foreign = ((i, tag) for i, record in enumerate(rows.records) for tag in record[self.tags] if tag not in labels)
+        refuse_unknown(rows, {index: str(tag) for index, tag in foreign}, labels)
         return [list(record[self.tags]) for record in rows.records]
 
     def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction]:
@@ -152,11 +148,17 @@ class TokenClassification(Task):
         ]
 
     def _words(self, rows: Rows) -> list[list[str]]:
-        rows.require(self.tokens)
+        self._check_lists(rows, self.tokens, "words")
         values = [record[self.tokens] for record in rows.records]
-        empty = [i for i, value in enumerate(values) if not isinstance(value, list) or not value]
-        refuse_rows(rows, empty, f"no words in '{self.tokens}'", "remove the row or fill it in")
+        others = [i for i, value in enumerate(values) if not all(isinstance(word, str) for word in value)]
+        refuse_rows(rows, others, f"'{self.tokens}' has something that is not text", "write each word as text")
         return values
+
+    def _check_lists(self, rows: Rows, column: str, what: str) -> None:
+        rows.require(column)
+        values = (record[column] for record in rows.records)
+        empty = [i for i, value in enumerate(values) if not isinstance(value, list) or not value]
+        refuse_rows(rows, empty, f"no list of {what} in '{column}'", "remove the row or fill it in")
 
 
 def split_words(text: str) -> list[tuple[str, int, int]]:

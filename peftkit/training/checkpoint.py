@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.disk import whole_file, whole_folder
 from peftkit.errors import ArtifactError
 from peftkit.methods.base import trained_parameters
 
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 
     from peftkit.methods.base import Method
 
-BEST = "best.safetensors"
 TRAINED = "trained.safetensors"
 METHOD_STATE = "method.safetensors"
 OPTIMIZER = "optimizer.pt"
+RANDOM = "random.pt"
 PROGRESS = "progress.json"
 
 
@@ -29,6 +31,9 @@ class Progress:
     """How far a run has come; everything that is not a tensor."""
 
     run_id: str
+    data: str
+    """The fingerprint of the encoded data."""
+    processes: int
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -39,92 +44,103 @@ class Progress:
     losses: list[float] = field(default_factory=list)
 
 
-def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    model: nn.Module,
-    method: Method,
-    optimizer: Any,
-    schedule: Any,
-    rank: int,
-    processes: int,
-    wait: Any,
-) -> None:
-    """Write `folder`/step-N from all processes (each its random generators), then drop older ones.
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run: step-N, of which the newest stays, and the weights that scored best on dev.
 
-    Args:
-        wait: called for all processes to meet; the first one writes what they share.
+    `states` are what remembers something from step to step and has `state_dict` and `load_state_dict`, such as the
+    optimizer; all that they hold must be tensors and plain values.
     """
-    import torch
-    from safetensors.torch import save_file
 
-    final = folder / f"step-{progress.step}"
-    partial = folder / f".step-{progress.step}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(_trained_tensors(model), partial / TRAINED)
-        save_file(method.state(model), partial / METHOD_STATE)
-        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, partial / OPTIMIZER)
-        (partial / PROGRESS).write_text(json.dumps({"processes": processes} | asdict(progress)))
-    wait()
-    torch.save(_random_state(), partial / f"random-{rank}.pt")
-    wait()
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for older in _checkpoints(folder)[:-1]:
+    folder: Path
+    model: nn.Module
+    method: Method
+    states: dict[str, Any]
+
+    def save(self, progress: Progress, random_states: Sequence[dict[str, Any]]) -> None:
+        """Write step-N, then drop what is older. For one process to call.
+
+        Args:
+            random_states: `random_state()` of every process.
+
+        Raises:
+            OSError: the disk is full; the checkpoint before is still there.
+        """
+        import torch
+        from safetensors.torch import save_file
+
+        with whole_folder(self.folder / f"step-{progress.step}") as partial:
+            save_file(_trained_tensors(self.model), partial / TRAINED)
+            save_file(self.method.state(self.model), partial / METHOD_STATE)
+            torch.save({name: one.state_dict() for name, one in self.states.items()}, partial / OPTIMIZER)
+            torch.save(list(random_states), partial / RANDOM)
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
+        for older in self._found()[:-1]:
             shutil.rmtree(older)
+        for weights in set(self.folder.glob("best-*")) - {self._best(progress.best_step)}:
+            weights.unlink()
+
+    def load(self, fresh: Progress, process: int) -> Progress | None:
+        """Restore the newest checkpoint; None when there is none.
+
+        Args:
+            fresh: the progress of a run that has not begun, to compare with.
+
+        Raises:
+            ArtifactError: it belongs to another run, other data, another number of processes, or is damaged.
+        """
+        found = self._found()
+        if not found:
+            return None
+        newest = found[-1]
+        try:
+            progress = Progress(**json.loads((newest / PROGRESS).read_text()))
+            _check_same(newest, progress, fresh)
+            self._restore(newest, process)
+        except ArtifactError:
+            raise
+        except Exception as error:  # damaged files make json, safetensors, torch and pickle raise kinds of their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ArtifactError(f"{newest} is damaged ({reason}); delete it to start again") from error
+        return progress
+
+    def save_best(self, step: int) -> None:
+        """Keep the trained parameters as they are now. For one process to call."""
+        from safetensors.torch import save_file
+
+        with whole_file(self._best(step)) as partial:
+            save_file(_trained_tensors(self.model), partial)
+
+    def load_best(self, step: int) -> None:
+        """Put back what `save_best` kept."""
+        load_trained(self.model, self._best(step))
+
+    def _restore(self, newest: Path, process: int) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        load_trained(self.model, newest / TRAINED)
+        self.method.load_state(self.model, load_file(newest / METHOD_STATE))
+        saved = torch.load(newest / OPTIMIZER, weights_only=True, map_location="cpu")
+        for name, one in self.states.items():
+            one.load_state_dict(saved[name])
+        restore_random_state(torch.load(newest / RANDOM, weights_only=True)[process])
+
+    def _best(self, step: int) -> Path:
+        # named by step: were it one file, a run killed between it and its checkpoint would resume with a later best
+        return self.folder / f"best-{step}.safetensors"
+
+    def _found(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_checkpoint(
-    folder: Path,
-    run_id: str,
-    model: nn.Module,
-    method: Method,
-    optimizer: Any,
-    schedule: Any,
-    rank: int,
-    processes: int,
-) -> Progress | None:
-    """Restore the newest checkpoint in `folder`; None when there is none.
+def bytes_needed(model: nn.Module, keep_best: bool) -> int:
+    """The most that checkpoints of `model` take: weights and two moments, old and new, and twice the best weights.
 
-    Raises:
-        ArtifactError: it belongs to another run, another number of processes, or is damaged.
+    The artifact is written when one of each is gone.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    newest = found[-1]
-    try:
-        saved = json.loads((newest / PROGRESS).read_text())
-        if saved["run_id"] != run_id or saved.pop("processes") != processes:
-            raise ArtifactError(
-                f"{newest} was written by another configuration or number of processes; "
-                "continue with those, or start again with output.overwrite=true"
-            )
-        load_trained(model, newest / TRAINED)
-        method.load_state(model, load_file(newest / METHOD_STATE))
-        states = torch.load(newest / OPTIMIZER, weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(states["optimizer"])
-        schedule.load_state_dict(states["schedule"])
-        _restore_random_state(torch.load(newest / f"random-{rank}.pt", weights_only=True))
-    except (OSError, KeyError, ValueError, RuntimeError, EOFError) as error:
-        raise ArtifactError(f"{newest} is damaged ({error}); delete it to start again") from error
-    return Progress(**saved)
-
-
-def save_trained(model: nn.Module, file: Path) -> None:
-    """Write the trained parameters, beside and renamed."""
-    from safetensors.torch import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(_trained_tensors(model), partial)
-    partial.rename(file)
+    weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
+    return weights * (2 * 3 + 2 * keep_best)
 
 
 def load_trained(model: nn.Module, file: Path) -> None:
@@ -133,40 +149,28 @@ def load_trained(model: nn.Module, file: Path) -> None:
 
     tensors = load_file(file)
     parameters = trained_parameters(model)
-    if tensors.keys() != parameters.keys():
+    if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
         raise ArtifactError(f"{file} holds other parameters than this run trains")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
 
 
-def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Every generator of this process, as tensors and plain values."""
     import numpy as np
     import torch
 
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": json.dumps(random.getstate()),
-        "numpy": (
-            str(kind),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to what `random_state` returned."""
     import numpy as np
     import torch
 
@@ -175,5 +179,26 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _check_same(place: Path, progress: Progress, fresh: Progress) -> None:
+    differing = [
+        what
+        for name, what in (
+            ("run_id", "configuration"),
+            ("data", "rows or tokenizer"),
+            ("processes", "number of processes"),
+        )
+        if getattr(progress, name) != getattr(fresh, name)
+    ]
+    if differing:
+        raise ArtifactError(
+            f"{place} was written with another {' and '.join(differing)}; "
+            "continue with the same, or start again with output.overwrite=true"
+        )
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}

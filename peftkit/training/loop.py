@@ -6,19 +6,20 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Run, run_id
 from peftkit.data.collate import IGNORED, collate
+from peftkit.disk import require_space
 from peftkit.errors import TrainingError
 from peftkit.evaluation import evaluate
 from peftkit.methods.base import trained_parameters
 from peftkit.prepare import Prepared
-from peftkit.session import claim
+from peftkit.session import claim, run_folder
+from peftkit.tasks.base import Scores
 from peftkit.tasks.losses import summed_loss, supervised_weight
 from peftkit.training import batches, checkpoint
-from peftkit.training.checkpoint import Progress
+from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.meter import Meter, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.tracking import Log, learning_curve
@@ -56,9 +57,11 @@ def train(
 
     Raises:
         TrainingError: a loss that is not a number, or a batch without supervision.
+        ArtifactError: too little room on the disk, or a checkpoint that is damaged or not of this run.
     """
-    claim(run, accelerator)
+    require_space(run_folder(run), checkpoint.bytes_needed(model, run.training.keep_best))
     loop = _Loop(model, run, data, accelerator, metrics)
+    claim(run, accelerator)
     loop.resume()
     return loop.run_to_end()
 
@@ -69,112 +72,105 @@ class _Loop:
     ) -> None:
         import torch
 
-        self.model, self.run, self.data, self.accelerator, self.metrics = (
-            model,
-            run,
-            data,
-            accelerator,
-            metrics,
-        )
-        settings = run.training
-        self.total_steps = settings.total_steps(len(data.train))
+        self.model, self.run, self.data, self.accelerator, self.metrics = model, run, data, accelerator, metrics
+        settings, examples = run.training, len(data.train)
+        self.total_steps = settings.total_steps(examples)
         self.lengths = data.train.encoded.lengths
-        self.every = (
-            settings.steps_per_epoch(len(data.train)) if settings.evaluate_every == "epoch" else settings.evaluate_every
-        )
+        whole = settings.evaluate_every == "epoch"
+        self.every = settings.steps_per_epoch(examples) if whole else int(settings.evaluate_every)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        optimizer = make_optimizer(model, settings, accelerator.device.type)
+            _checkpoint_activations(model)
+        optimizer = make_optimizer(model, settings)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # stepped by hand: a prepared schedule would advance once for every process
         self.schedule = make_schedule(optimizer, settings, self.total_steps)
         self.class_weights = torch.tensor(data.class_weights, device=accelerator.device)
-        self.folder = Path(str(run.output.folder))
-        self.progress = Progress(run_id(run))
+        self.folder = run_folder(run)
+        self.progress = Progress(run_id(run), data.fingerprint, accelerator.num_processes)
+        states = {"optimizer": self.optimizer, "schedule": self.schedule}
+        if accelerator.scaler is not None:
+            states["scaler"] = accelerator.scaler
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, model, run.method, states)
 
     def resume(self) -> None:
-        found = checkpoint.load_checkpoint(
-            self.folder / CHECKPOINTS,
-            run_id(self.run),
-            self.model,
-            self.run.method,
-            self.optimizer,
-            self.schedule,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        """Go on from the newest checkpoint, if there is one."""
+        from accelerate.utils import set_seed
+
+        accelerator = self.accelerator
+        if accelerator.process_index:
+            # dropout that fell alike in all processes would be less noise than one process has
+            set_seed(self.run.training.seed + accelerator.process_index)
+        found = self.checkpoints.load(self.progress, accelerator.process_index)
         if found:
             self.progress = found
-            self.accelerator.print(f"continuing from step {found.step:,} of {self.total_steps:,}")
+            accelerator.print(f"continuing from step {found.step:,} of {self.total_steps:,}")
+        at = self.progress
+        self.log = Log(self.folder, accelerator, at.step)
+        self.meter = Meter(self.total_steps, at.step, at.tokens, at.seconds, accelerator.is_main_process)
 
     def run_to_end(self) -> TrainRecord:
-        progress, settings = self.progress, self.run.training
-        log = Log(self.folder, self.accelerator, progress.step)
+        """Train, evaluate and checkpoint until the last step, or until dev no longer gains."""
+        settings, progress = self.run.training, self.progress
         ahead = batches.steps(self.lengths, settings.batch_size, settings.seed, settings.group_by_length, progress.step)
-        meter = Meter(
-            self.total_steps,
-            progress.step,
-            progress.tokens,
-            progress.seconds,
-            self.accelerator.is_main_process,
-        )
-        stop = self._has_stalled()
         self.model.train()
-        with meter:
-            while progress.step < self.total_steps and not stop:
-                epoch, batch = next(ahead)
-                rate = self.schedule.get_last_lr()[0]
-                loss, norm = self._step(batch)
-                progress.step += 1
-                progress.losses.append(loss)
-                meter.step(sum(self.lengths[index] for index in batch), loss)
-                log.write(
-                    progress.step,
-                    {"epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-                    | {"tokens_per_second": round(meter.tokens_per_second, 1)},
-                )
+        with self.meter:
+            while progress.step < self.total_steps and not self._has_stalled():
+                self._train_step(*next(ahead))
                 if progress.step % self.every == 0 or progress.step == self.total_steps:
-                    meter.pause()
-                    stop = self._evaluate(meter, log)
-                    progress.tokens, progress.seconds = meter.tokens, meter.seconds
+                    self.meter.pause()
+                    self._evaluate()
                     self._save()
-                    meter.resume()
-        return self._finish(meter)
+                    self.meter.resume()
+        return self._finish()
 
-    def _step(self, batch: Sequence[int]) -> tuple[float, float]:
-        """One optimizer step; returns the batch's mean loss and the gradient norm before clipping."""
-        accelerator, settings = self.accelerator, self.run.training
-        parts = batches.micro_batches(
-            batch,
-            self.lengths,
-            settings.micro_batch_size,
-            accelerator.num_processes,
-            accelerator.process_index,
-        )
+    def _train_step(self, epoch: int, batch: Sequence[int]) -> None:
+        rate = self.schedule.get_last_lr()[0]
+        loss = self._accumulate(batch)
+        norm = self._update()
+        self.progress.step += 1
+        self.progress.losses.append(loss)
+        self.meter.step(sum(self.lengths[index] for index in batch), loss)
+        figures = {"epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1)}
+        self.log.write(self.progress.step, figures | speed)
+
+    def _accumulate(self, batch: Sequence[int]) -> float:
+        """Gradients of a global batch, over all processes; returns its mean loss."""
+        accelerator, size = self.accelerator, self.run.training.micro_batch_size
+        processes = accelerator.num_processes
+        parts = batches.micro_batches(batch, self.lengths, size, processes, accelerator.process_index)
         weight = self._weight(batch)
-        total = 0.0
-        for position, part in enumerate(parts):
-            last = position == len(parts) - 1
-            quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
+        total = self.class_weights.new_zeros(())
+        for part in parts:
+            quiet = contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.wrapped)
             with quiet:
                 loss = self._micro_loss(part)
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
-                accelerator.backward(loss * (accelerator.num_processes / weight))
-            total += float(loss.detach())
-        mean = float(accelerator.reduce(self.class_weights.new_tensor(total), "sum")) / weight
-        if not math.isfinite(mean):
-            raise TrainingError(
-                f"the loss is {mean} at step {self.progress.step + 1}; lower training.learning_rate"
-                f"{' or use precision: fp32' if settings.precision != 'fp32' else ''}"
-            )
-        norm = accelerator.clip_grad_norm_(
-            list(trained_parameters(self.model).values()), settings.max_gradient_norm or math.inf
-        )
+                accelerator.backward(loss * (processes / weight))
+            total += loss.detach()
+        mean = float(accelerator.reduce(total, "sum")) / weight
+        self._refuse_infinite("loss", mean)
+        return mean
+
+    def _update(self) -> float:
+        """Clip, step, and clear the gradients; returns their norm before clipping."""
+        accelerator, settings = self.accelerator, self.run.training
+        parameters = list(trained_parameters(self.model).values())
+        norm = float(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf))
+        if accelerator.scaler is None:  # fp16 skips such steps and lowers its scale
+            self._refuse_infinite("gradient norm", norm)
         self.optimizer.step()
-        self.schedule.step()
-        self.run.method.after_step(self.model, self.progress.step + 1)
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+            self.run.method.after_step(self.model, self.progress.step + 1)
         self.optimizer.zero_grad()
-        return mean, float(norm)
+        return norm
+
+    def _refuse_infinite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            mend = "" if self.run.training.precision == "fp32" else " or use precision: fp32"
+            step = self.progress.step + 1
+            raise TrainingError(f"the {what} is {value} at step {step}; lower training.learning_rate{mend}")
 
     def _micro_loss(self, part: batches.MicroBatch) -> Any:
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
@@ -192,65 +188,72 @@ class _Loop:
         weight = supervised_weight(labels, self.data.class_weights)
         if not weight:
             places = ", ".join(self.data.train.rows.where(index) for index in list(batch)[:3])
-            raise TrainingError(f"nothing to learn in a whole batch: every label is masked ({IGNORED}), e.g. {places}")
+            raise TrainingError(
+                f"nothing to learn at step {self.progress.step + 1}: every label of its batch is masked ({IGNORED}), "
+                f"e.g. {places}; remove such rows or raise training.batch_size"
+            )
         return weight
 
-    def _evaluate(self, meter: Meter, log: Log) -> bool:
-        """Score dev, keep the weights if they are the best; True when training should stop."""
-        progress, settings = self.progress, self.run.training
-        scores = evaluate(self.model, self.run.task, self.data.dev, self.accelerator, self.metrics).scores
+    def _evaluate(self) -> None:
+        """Score dev; keep the weights if they are the best so far."""
+        progress = self.progress
+        scores = self._dev_scores()
         figures = {f"dev_{name}": value for name, value in scores.values.items()}
-        log.write(progress.step, figures)
+        self.log.write(progress.step, figures)
         progress.evaluations.append({"step": progress.step} | figures)
         better = progress.best_value is None or scores.value > progress.best_value
+        progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
         if better:
             progress.best_value, progress.best_step = scores.value, progress.step
-            progress.evaluations_without_gain = 0
-            if settings.keep_best and self.accelerator.is_main_process:
-                checkpoint.save_trained(self.model, self.folder / CHECKPOINTS / checkpoint.BEST)
-        else:
-            progress.evaluations_without_gain += 1
-        meter.say(f"step {progress.step:,}: dev {scores.headline} {scores.value:.4f}{' (best)' if better else ''}")
-        return self._has_stalled()
+            if self.run.training.keep_best and self.accelerator.is_main_process:
+                self.checkpoints.save_best(progress.step)
+        mark = " (best)" if better else ""
+        self.meter.say(f"step {progress.step:,}: dev {scores.headline} {scores.value:.4f}{mark}")
+
+    def _dev_scores(self) -> Scores:
+        try:
+            return evaluate(self.model, self.run.task, self.data.dev, self.accelerator, self.metrics).scores
+        except TrainingError as error:
+            raise TrainingError(f"after step {self.progress.step}: {error}") from error
 
     def _has_stalled(self) -> bool:
         patience = self.run.training.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
     def _save(self) -> None:
-        accelerator = self.accelerator
-        checkpoint.save_checkpoint(
-            self.folder / CHECKPOINTS,
-            self.progress,
-            self.model,
-            self.run.method,
-            self.optimizer,
-            self.schedule,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.wait_for_everyone,
-        )
+        from accelerate.utils import gather_object
 
-    def _finish(self, meter: Meter) -> TrainRecord:
-        progress, accelerator = self.progress, self.accelerator
+        self.progress.tokens, self.progress.seconds = self.meter.tokens, self.meter.seconds
+        random_states = gather_object([checkpoint.random_state()])
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.progress, random_states)
+
+    def _finish(self) -> TrainRecord:
+        progress, accelerator, keep_best = self.progress, self.accelerator, self.run.training.keep_best
         accelerator.wait_for_everyone()
-        if self.run.training.keep_best and progress.best_step != progress.step:
-            checkpoint.load_trained(self.model, self.folder / CHECKPOINTS / checkpoint.BEST)
-            meter.say(f"kept the weights of step {progress.best_step:,}, the best on dev")
+        if keep_best and progress.best_step != progress.step:
+            self.checkpoints.load_best(progress.best_step)
+            self.meter.say(f"kept the weights of step {progress.best_step:,}, the best on dev")
         if accelerator.is_main_process:
             learning_curve(progress, self.run.task.headline, self.folder)
         self.model.eval()
-        parameters = trained_parameters(self.model).values()
         return TrainRecord(
             steps=progress.step,
-            best_step=progress.best_step if self.run.training.keep_best else progress.step,
-            seconds=meter.seconds,
-            tokens=meter.tokens,
-            tokens_per_second=meter.tokens / max(meter.seconds, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(),
-            trainable_parameters=sum(p.numel() for p in parameters),
+            best_step=progress.best_step if keep_best else progress.step,
+            seconds=self.meter.seconds,
+            tokens=self.meter.tokens,
+            tokens_per_second=self.meter.tokens / max(self.meter.seconds, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(accelerator.device.type),
+            trainable_parameters=sum(p.numel() for p in trained_parameters(self.model).values()),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             processes=accelerator.num_processes,
             losses=tuple(progress.losses),
             evaluations=tuple(progress.evaluations),
         )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Compute activations again in the backward pass instead of keeping them."""
+    # transformers 5.23 renamed it
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

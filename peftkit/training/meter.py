@@ -81,8 +81,13 @@ class Meter:
             print(line, file=sys.stderr, flush=True)
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size this process has had (Linux counts in KiB, macOS in bytes)."""
+def peak_memory_bytes(device_type: str = "cpu") -> int:
+    """The most that this process has held: on a GPU allocated by torch, on a CPU resident."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    # Linux counts in KiB, macOS in bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings, device_type: str) -> Optimizer:
-    """The optimizer over what trains. Biases and normalisation weights (everything with one dimension) do not decay.
+def check_optimizer(name: str, device_type: str) -> None:
+    """Refuse an optimizer that this device has not.
 
     Raises:
-        UsageError: an 8-bit optimizer on a device bitsandbytes has none for.
+        UsageError: an 8-bit optimizer on a device that bitsandbytes has none for.
     """
+    if name == "adamw_8bit" and device_type == "cpu":
+        raise UsageError("training.optimizer: adamw_8bit needs a GPU that bitsandbytes supports; use adamw here")
+
+
+def make_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizer:
+    """The optimizer over what trains. Biases and normalisation weights (everything with one dimension) do not decay."""
     groups = parameter_groups(model, settings.weight_decay)
     rate: Any = {"lr": settings.learning_rate}
     if settings.optimizer == "adamw":
@@ -31,10 +37,14 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, device_type: st
 
         return SGD(groups, momentum=0.9, **rate)
     if settings.optimizer == "adafactor":
-        from torch.optim import Adafactor
+        from transformers.optimization import Adafactor
 
-        return Adafactor(groups, **rate)
-    return _eight_bit(groups, settings, device_type)
+        # steps in proportion to the parameter, torch's only kind, would leave what starts at zero (LoRA's B) there
+        return Adafactor(groups, scale_parameter=False, relative_step=False, **rate)
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(groups, **rate)
+    return optimizer
 
 
 def make_schedule(optimizer: Optimizer, settings: TrainingSettings, total_steps: int) -> LRScheduler:
@@ -54,12 +64,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _eight_bit(groups: list[dict[str, Any]], settings: TrainingSettings, device_type: str) -> Optimizer:
-    if device_type == "cpu":
-        raise UsageError("training.optimizer: adamw_8bit needs a GPU that bitsandbytes supports; use adamw here")
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: Optimizer = AdamW8bit(groups, lr=settings.learning_rate)
-    return optimizer

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.disk import write_text
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -72,5 +74,12 @@ def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
 def _drop_after(file: Path, step: int) -> None:
     """Forget events later than the checkpoint that the run continues from."""
     lines = file.read_text().splitlines() if file.exists() else []
-    kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-    file.write_text("".join(line + "\n" for line in kept))
+    write_text(file, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    """The step of an event; a line that a killed run left half-written belongs to no step."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")

@@ -1,0 +1,48 @@
+"""What README tells people to type works as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_three_examples() -> None:
+    assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["own model", "own data", "own metric"])
+def test_example_runs_and_prints_what_it_says(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    for expected in re.findall(r"print\(.*\)  # (.+)", code):
+        assert expected in printed
+
+
+def test_every_file_that_is_linked_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_command_is_one_that_the_parser_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkit.cli import _parser
+
+    lines = re.findall(r"^peftkit (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        _parser().parse_args(_words(line))
+
+
+def _words(line: str) -> list[str]:
+    import shlex
+
+    return shlex.split(line.partition(" | ")[0])
