@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,12 @@ def merge(options: argparse.Namespace) -> None:
     from peftkit.artifacts.merge import check_target
     from peftkit.artifacts.merge import merge as merge_run
     from peftkit.artifacts.store import load_run, read_manifest
+    from peftkit.data.files import read_file
 
     read_manifest(options.run)
     check_target(options.run, options.target)
     saved = load_run(options.run)
-    probe = saved.run.task.splits().held_out
+    probe = read_file(options.data) if options.data else saved.run.task.splits().held_out
     if options.probe_rows:
         probe = probe.head(options.probe_rows)
     result = merge_run(saved, options.target, probe)
@@ -161,7 +162,7 @@ def _input_rows(options: argparse.Namespace, task: Any) -> Any:
         return read_file(options.file)
     if options.texts:
         return task.rows_from_text(options.texts, options.text_pair)
-    lines = _lines(options.file.open(encoding="utf-8") if options.file else sys.stdin)
+    lines = _lines(_read(options.file) if options.file else sys.stdin.read())
     if task_pairs := getattr(task, "text_pair", None):
         halves = [line.split("\t") for line in lines]
         if any(len(half) != 2 for half in halves):
@@ -170,8 +171,17 @@ def _input_rows(options: argparse.Namespace, task: Any) -> Any:
     return task.rows_from_text(lines)
 
 
-def _lines(stream: Iterable[str]) -> list[str]:
-    lines = [line.rstrip("\n") for line in stream if line.strip()]
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"no file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}: {error}") from error
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not lines:
         raise UsageError("no text: the input is empty")
     return lines
@@ -222,6 +232,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     one = verb("merge", merge, "Write a run as one plain transformers model, read it back and compare.")
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("target", type=Path, metavar="OUT")
+    one.add_argument("--data", type=Path, metavar="FILE", help="compare on these rows instead of the run's test split")
     one.add_argument("--probe-rows", type=int, metavar="N", help="compare on the first N test rows (default: all)")
 
     one = verb("params", params, "Exact parameter counts of methods on a backbone, from its configuration alone.")

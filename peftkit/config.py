@@ -98,7 +98,10 @@ class Run(Section):
     @model_validator(mode="after")
     def _no_conflicts(self) -> Run:
         conflicts = self.method.conflicts(
-            task=self.task, quantization=None, checkpointing=self.training.gradient_checkpointing
+            task=self.task,
+            dtype=self.backbone.dtype,
+            quantization=None,
+            checkpointing=self.training.gradient_checkpointing,
         )
         if conflicts:
             raise ValueError("; ".join(conflicts))

@@ -46,7 +46,10 @@ def guard(action: Callable[[], object]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         if _is_first():
-            _tell("interrupted; the same command starts again, and training goes on from its last checkpoint")
+            _tell(
+                "interrupted; nothing half-written is left, and the same command (without output.overwrite) "
+                "goes on from the last checkpoint"
+            )
         return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output has gone; flushing at exit would complain a second time

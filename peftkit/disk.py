@@ -28,9 +28,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         with _full_disk_told(final):
             yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes 0600
+        follow_umask(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     finally:
@@ -51,6 +49,17 @@ def whole_file(final: Path) -> Iterator[Path]:
         partial.rename(final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give files that were written for their owner alone, as safetensors does, the mode of every other new file."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def write_text(file: Path, text: str) -> None:

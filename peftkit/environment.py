@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
-from peftkit.artifacts.store import versions
+PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes")
 
 
 def describe() -> dict[str, Any]:
@@ -24,6 +25,18 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes; `missing` for one that is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _processor() -> str:

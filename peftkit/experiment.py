@@ -46,7 +46,7 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
         metrics: `evaluate` modules to compute beside the task's own.
     """
     run = _in_folder(run)
-    accelerator = start(run)
+    accelerator = start(run, needs_data=splits is None)
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))

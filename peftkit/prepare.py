@@ -8,11 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftkit.backbones.load import Head, load_tokenizer
+from peftkit.backbones.load import Head, load_tokenizer, longest_input
 from peftkit.config import Run
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.data.sources import Splits
+from peftkit.errors import UsageError
 from peftkit.tasks.base import Encoded, Task
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
     splits = splits or run.task.splits()
     head = run.task.head(splits.train)
     tokenizer = load_tokenizer(run.backbone, head.pretokenized)
-
+    limit = longest_input(run.backbone, tokenizer)
+    if limit is not None and run.task.max_length > limit:
+        raise UsageError(
+            f"task.max_length is {run.task.max_length}, but {run.backbone.name} takes at most {limit} tokens"
+        )
     train, dev = (
         encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
     )

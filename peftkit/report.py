@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,18 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
     processes = f"{accelerator.num_processes} processes" if accelerator.num_processes > 1 else "1 process"
     say(
         f"training  {steps:,} steps of {run.training.batch_size} examples, {run.training.precision}, "
-        f"{processes} on {accelerator.device.type}, seed {run.training.seed}"
+        f"{processes} on {_device(accelerator)}, seed {run.training.seed}"
     )
+
+
+def _device(accelerator: Accelerator) -> str:
+    """The device; on CPUs with the threads in use, because launchers lower them to one without a word."""
+    if accelerator.device.type != "cpu":
+        return accelerator.device.type
+    import torch
+
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    return f"cpu ({threads} of {cores} cores each)" if threads < cores else "cpu"
 
 
 def report(run: Run, record: TrainRecord, evaluations: Mapping[str, Evaluation]) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Run, run_id
+from peftkit.config_file import to_yaml
+from peftkit.data.sources import missing_files
 from peftkit.disk import write_text
-from peftkit.errors import UsageError
+from peftkit.errors import ConfigError, UsageError
 from peftkit.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:
@@ -24,17 +26,23 @@ HEADER = "# run "
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def start(run: Run) -> Accelerator:
+def start(run: Run, needs_data: bool = True) -> Accelerator:
     """Start the processes and seed every generator; the run folder is checked, and untouched until training.
 
+    Args:
+        needs_data: the rows come from where `run.task.data` says; its files are looked for first.
+
     Raises:
+        ConfigError: data files that are not there.
         UsageError: the folder holds something else, the launcher asks for another precision than the run, or this
             device has not the precision or the optimizer.
     """
-    from accelerate.utils import set_seed
-
     folder = run_folder(run)
     check_folder(run, folder)
+    if needs_data and run.task.data and (missing := missing_files(run.task.data)):
+        raise ConfigError(missing)
+    from accelerate.utils import set_seed
+
     _check_launcher(run)
     accelerator = _training_accelerator(run, folder)
     if run.training.precision == "fp16" and accelerator.device.type == "cpu":
@@ -157,12 +165,10 @@ def _owner(folder: Path) -> str | None:
 
 
 def _write_run(run: Run, folder: Path) -> None:
-    import yaml
-
     if folder.exists() and (run.output.overwrite or not _holds_work(folder)):
         _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = to_yaml(run.model_dump(mode="json"))
     write_text(folder / RUN_FILE, f"{HEADER}{run_id(run)}\n{text}")
 
 

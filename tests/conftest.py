@@ -15,10 +15,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = (
-    "good great fine happy bright bad awful poor sad dark the a film story actor music was is and very quite "
-    "paris london berlin rome alice bob carol dave went to met in with from . , ! ?"
-).split()
+# fmt: off
+WORDS = [
+    "good", "great", "fine", "happy", "bright", "bad", "awful", "poor", "sad", "dark", "the", "a", "film", "story",
+    "actor", "music", "was", "is", "and", "very", "quite", "paris", "london", "berlin", "rome", "alice", "bob",
+    "carol", "dave", "went", "to", "met", "in", "with", "from", ".", ",", "!", "?",
+]
+# fmt: on
 POSITIVE, NEGATIVE = WORDS[:5], WORDS[5:10]
 CITIES, PEOPLE = WORDS[21:25], WORDS[25:29]
 FILLERS = WORDS[10:21]

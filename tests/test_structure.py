@@ -15,14 +15,14 @@ MODULES = sorted([*(ROOT / "peftkit").rglob("*.py"), *(ROOT / "recipes").rglob("
 # A module may import from its own row and from the rows below it; the longest name that fits decides.
 LAYERS = (
     ("recipes",),
-    ("peftkit", "peftkit.cli", "peftkit.experiment", "peftkit.report", "peftkit.api", "peftkit.environment"),
+    ("peftkit", "peftkit.cli", "peftkit.experiment", "peftkit.report", "peftkit.api"),
     ("peftkit.artifacts", "peftkit.bench"),
     ("peftkit.training", "peftkit.evaluation", "peftkit.prepare", "peftkit.session", "peftkit.planning"),
     ("peftkit.config", "peftkit.config_problems"),
     ("peftkit.methods", "peftkit.tasks"),
     ("peftkit.backbones", "peftkit.data", "peftkit.metrics", "peftkit.engine"),
     ("peftkit.config_file", "peftkit.shipped"),
-    ("peftkit.errors", "peftkit.schema", "peftkit.quiet", "peftkit.console", "peftkit.disk"),
+    ("peftkit.errors", "peftkit.schema", "peftkit.quiet", "peftkit.console", "peftkit.disk", "peftkit.environment"),
 )
 STRANGERS = {("peftkit.methods", "peftkit.tasks"), ("peftkit.tasks", "peftkit.methods")}
 HEAVY = {"torch", "peft", "transformers", "datasets", "evaluate", "accelerate", "bitsandbytes", "matplotlib"}

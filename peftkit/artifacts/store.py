@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from peftkit.backbones.load import Backbone, Head, load, resolve, weight_files
 from peftkit.config import Run, run_id
 from peftkit.config import load_run as load_config
 from peftkit.disk import whole_folder, write_text
+from peftkit.environment import versions
 from peftkit.errors import ArtifactError, ConfigError, UsageError
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import trained_parameters
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
-PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "bitsandbytes")
 
 
 @dataclass
@@ -139,11 +138,6 @@ def read_saved_config(folder: Path) -> Run:
         return load_config(folder / RUN_FILE)
     except ConfigError as error:
         raise ArtifactError(f"{folder / RUN_FILE} does not fit this version of peftkit: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def file_sha256(file: Path) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pprint import pformat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import BackboneError, MethodError
 from peftkit.schema import nearest
@@ -146,8 +146,9 @@ def head_modules(model: Module) -> tuple[str, ...]:
     from torch import nn
     from transformers import PreTrainedModel
 
+    task_model: Any = model
     bare = not any(isinstance(child, PreTrainedModel) for child in model.children())
-    if bare or model.get_output_embeddings() is not None:
+    if bare or task_model.get_output_embeddings() is not None:
         return ()
     pretrained = (PreTrainedModel, nn.Embedding)
     rest = ((name, child) for name, child in model.named_children() if not isinstance(child, pretrained))
@@ -273,7 +274,7 @@ def _alike(name: str, candidates: Iterable[str], listed: Iterable[str]) -> str:
     return f"; it can be: {', '.join(listed)}"
 
 
-def _architecture(model: Module) -> str:
+def _architecture(model: Any) -> str:
     return f"{model.config.model_type} ({type(model).__name__})"
 
 

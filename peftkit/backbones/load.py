@@ -112,6 +112,14 @@ def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> Pr
     return tokenizer
 
 
+def longest_input(settings: BackboneSettings, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens the backbone takes, where its tokenizer or configuration says so."""
+    positions = getattr(read_config(resolve_config(settings)), "max_position_embeddings", None)
+    # a tokenizer that was never told holds an astronomically large number
+    limits = [limit for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < 10**9]
+    return min(limits, default=None)
+
+
 def resolve(settings: BackboneSettings, files: Sequence[str] = HUB_FILES) -> Path:
     """The local folder that holds the backbone; downloads it (from a hub only `files`) if need be."""
     name = settings.name

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field, model_validator
 
+from peftkit.data.carve import carve
 from peftkit.data.files import SUFFIXES, Rows, check_file, read_file
 from peftkit.errors import DataError, PeftkitError, UsageError
 from peftkit.schema import Section, did_you_mean
@@ -247,60 +246,9 @@ def _splits(rows: Sequence[Rows | None], settings: DataSettings, label: str | No
         raise UsageError("train is missing; give its rows")
     notes = []
     if dev is None:
-        train, dev, note = _carve(train, settings, label)
+        train, dev, note = carve(train, settings.dev_fraction, settings.seed, label)
         notes.append(note)
     if limit := settings.limit:
         notes.append(f"limit: at most the first {limit:,} rows of each split")
         train, dev, test = train.head(limit), dev.head(limit), test and test.head(limit)
     return Splits(train, dev, test, tuple(notes))
-
-
-def _carve(train: Rows, settings: DataSettings, label: str | None) -> tuple[Rows, Rows, str]:
-    classes = _classes(train, label)
-    chosen = _chosen(classes, settings.dev_fraction, settings.seed)
-    total = f"{len(train):,} training rows"
-    if not chosen:
-        why = f"{total} of {len(set(classes)):,} classes are too few to set some aside"
-        raise DataError(f"{train.source}: {why}; give a dev split, or more rows")
-    how = f", stratified by '{label}'" if classes[0] is not None else ""
-    share = f"{100 * settings.dev_fraction:g} %{how}, seed {settings.seed}"
-    kept = [index for index in range(len(train)) if index not in chosen]
-    note = f"no dev split: {len(chosen):,} of {total} set aside ({share})"
-    return train.take(kept), train.take(sorted(chosen)), note
-
-
-def _classes(train: Rows, label: str | None) -> list[Hashable]:
-    """The class of each row; one class, None, where there is nothing to stratify by."""
-    if label is not None:
-        train.require(label)
-        values = [record[label] for record in train.records]
-        if all(isinstance(value, str | int) for value in values):
-            return values
-    return [None] * len(train)
-
-
-def _chosen(classes: Sequence[Hashable], fraction: float, seed: int) -> set[int]:
-    """The rows to set aside; every class keeps at least one."""
-    sizes = Counter(classes)
-    wanted = max(1, int(len(classes) * fraction + 0.5))
-    left = _allotment(sizes, min(wanted, len(classes) - len(sizes)))
-    order = list(range(len(classes)))
-    random.Random(seed).shuffle(order)
-    chosen = set()
-    for index in order:
-        if left[classes[index]]:
-            left[classes[index]] -= 1
-            chosen.add(index)
-    return chosen
-
-
-def _allotment(sizes: Mapping[Hashable, int], wanted: int) -> dict[Hashable, int]:
-    """How many rows of each class make up `wanted`: in proportion, by largest remainder."""
-    total = sum(sizes.values())
-    allotted = {one: min(size * wanted // total, size - 1) for one, size in sizes.items()}
-    while short := wanted - sum(allotted.values()):
-        roomy = [one for one, size in sizes.items() if allotted[one] < size - 1]
-        roomy.sort(key=lambda one: allotted[one] - sizes[one] * wanted / total)
-        for one in roomy[:short]:
-            allotted[one] += 1
-    return allotted

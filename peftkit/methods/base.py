@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,7 +61,7 @@ class Method(Section, ABC):
         """Parameters of the backbone itself that the method trains."""
         return 0
 
-    def conflicts(self, *, task: Task, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
         """Why this method cannot run so; empty when it can."""
         return []
 
@@ -131,16 +130,6 @@ def _inputs_in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[An
 
     dtype = next(module.parameters()).dtype  # a merged model may have been cast since
     return tuple(one.to(dtype) if is_tensor(one) and is_floating_point(one) else one for one in inputs)
-
-
-def follow_umask(folder: Path) -> None:
-    """Give safetensors files, which are written for their owner alone, the mode of every other new file."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for file in folder.glob("*.safetensors"):
-        file.chmod(mode)
 
 
 def module_parameters(model: nn.Module, names: Iterable[str]) -> int:

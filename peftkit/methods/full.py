@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, follow_umask, module_parameters
+from peftkit.methods.base import Method, module_parameters
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
+    from peftkit.tasks.base import Task
 
 
 class Full(Method):
@@ -23,16 +25,13 @@ class Full(Method):
     kind: Literal["full"] = "full"
 
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
-        import torch
-
-        held = {p.dtype for p in backbone.model.parameters()} - {torch.float32}
-        if held:
-            name = str(held.pop()).removeprefix("torch.")
-            raise MethodError(
-                f"full fine-tuning of weights held in {name} loses every step that is smaller than their rounding; "
-                "set backbone.dtype: float32 (and training.precision: bf16 for speed)"
-            )
+        for parameter in backbone.model.parameters():
+            if conflict := _rounding(str(parameter.dtype).removeprefix("torch.")):
+                raise MethodError(conflict)
         return backbone.model.requires_grad_(True)
+
+    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+        return [conflict] if (conflict := _rounding(dtype)) else []
 
     def save(self, model: nn.Module, folder: Path) -> None:
         with quiet_libraries():
@@ -62,3 +61,13 @@ class Full(Method):
 
     def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
         return sum(p.numel() for p in model.parameters()) - module_parameters(model, heads)
+
+
+def _rounding(dtype: str) -> str:
+    """Why weights of this dtype cannot be fine-tuned; empty when they can."""
+    if dtype == "float32":
+        return ""
+    return (
+        f"full fine-tuning of weights held in {dtype} loses every step that is smaller than their rounding; "
+        "set backbone.dtype: float32 (and training.precision: bf16 for speed)"
+    )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, check_trained, follow_umask, module_parameters, train_in_float32
+from peftkit.methods.base import Method, check_trained, module_parameters, train_in_float32
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class LoRA(Method):
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.inference_mode = True
+        config.target_modules = sorted(config.target_modules)  # peft keeps a set, whose order varies by process
         config.save_pretrained(folder)
         follow_umask(folder)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, follow_umask, train_in_float32, train_only, trained_parameters
+from peftkit.methods.base import Method, train_in_float32, train_only, trained_parameters
 
 if TYPE_CHECKING:
     from torch import nn

@@ -25,7 +25,7 @@ def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-AnyMetric = Annotated[MetricSettings, BeforeValidator(_by_name)]
+AnyMetric = Annotated[MetricSettings, BeforeValidator(_by_name, json_schema_input_type=MetricSettings | str)]
 
 
 def extra_values(

@@ -73,13 +73,16 @@ class Focal(CrossEntropy):
 
 
 def _loss_by_name(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, dict):  # pydantic's strict mode takes lists for tuples from JSON only, and this is Python
+        return {key: tuple(one) if isinstance(one, list) else one for key, one in value.items()}
+    return value
 
 
-AnyLoss = Annotated[
-    Annotated[CrossEntropy | Weighted | LabelSmoothed | Focal, Field(discriminator="kind")],
-    BeforeValidator(_loss_by_name),
-]
+_Loss = Annotated[CrossEntropy | Weighted | LabelSmoothed | Focal, Field(discriminator="kind")]
+_LossName = Literal["cross_entropy", "weighted", "label_smoothed", "focal"]
+AnyLoss = Annotated[_Loss, BeforeValidator(_loss_by_name, json_schema_input_type=_Loss | _LossName)]
 
 
 def supervised_weight(labels: Sequence[int], class_weights: Sequence[float]) -> float:
