@@ -9,6 +9,7 @@ scores, cost and environment; the table in README.md is printed from it.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,10 @@ def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
     folder = runs / f"{name}-seed{seed}"
     if not (folder / "manifest.json").is_file():
         recipe = f"{load_run(config).method.kind}.py"
-        command = ["accelerate", "launch", "--num_processes", "1", str(ROOT / "recipes" / recipe)]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+        # the launcher's own choice is one thread
+        launch += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))]
+        command = [*launch, str(ROOT / "recipes" / recipe)]
         command += ["--config", str(config), f"training.seed={seed}", f"output.folder={folder}"]
         subprocess.run(command, check=True)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -585,7 +585,7 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Any:
     folder = tmp_path_factory.mktemp("in_memory") / "run"
     run = peftkit.Run(
         backbone=peftkit.Backbone(name=str(tiny_bert)),
-        task=peftkit.SequenceClassification(),
+        task=peftkit.SequenceClassification(max_length=32),
         method=peftkit.LoRA(rank=2),
         training=peftkit.Training(learning_rate=0.01, epochs=1),
         output=peftkit.Output(folder=str(folder)),
@@ -641,7 +641,7 @@ def test_a_run_from_python_has_a_folder(tiny_bert: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     run = peftkit.Run(
         backbone=peftkit.Backbone(name=str(tiny_bert)),
-        task=peftkit.SequenceClassification(),
+        task=peftkit.SequenceClassification(max_length=32),
         method=peftkit.HeadOnly(),
         training=peftkit.Training(learning_rate=0.01, max_steps=1),
     )

@@ -117,7 +117,7 @@ def _train_by_hand(
     parameters = [p for p in model.parameters() if p.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     examples, losses = data.train.encoded.examples, []
-    ahead = batches.steps(data.train.encoded.lengths, 16, 1, True)
+    ahead = batches.steps(data.train.encoded.lengths, 16, 1, False)
     model.train()
     for step in range(steps):
         _, indices = next(ahead)

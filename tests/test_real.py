@@ -1,0 +1,105 @@
+"""The real backbone, and real data where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftkit import shipped
+from peftkit.cli import main
+from peftkit.config import load_run
+from peftkit.schema import Section
+
+CONFIGS = list(shipped.configs())
+PLAIN = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base, run, merged, texts = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+labels = len(json.load(open(f"{run}/manifest.json"))["head"]["labels"])
+tokenizer = AutoTokenizer.from_pretrained(merged)
+batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+adapted = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels),
+                                    f"{run}/adapter")
+with torch.no_grad():
+    for model in (adapted, AutoModelForSequenceClassification.from_pretrained(merged)):
+        print(json.dumps(model.eval()(**batch).logits.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def reuters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short real run: LoRA on MiniLM, 240 rows of Reuters R8."""
+    folder = tmp_path_factory.mktemp("reuters") / "run"
+    config = shipped.folder() / "configs" / "reuters_r8_lora.yaml"
+    overrides = ["task.data.limit=240", "task.max_length=64", "training.epochs=4", f"output.folder={folder}"]
+    assert main(["train", str(config), *overrides]) == 0
+    return folder
+
+
+def test_training_beats_the_majority_answer(reuters: Path) -> None:
+    scores = json.loads((reuters / "scores.json").read_text())
+    assert scores["after"]["values"]["accuracy"] > scores["majority"]["values"]["accuracy"] + 0.15
+
+
+def test_plain_peft_and_plain_transformers_compute_the_same(reuters: Path, tmp_path: Path) -> None:
+    """In a fresh process without peftkit, against the logits of the run read back by peftkit."""
+    import torch
+
+    from peftkit.artifacts.store import load_run as load_saved
+    from peftkit.backbones.bundled import fetch
+
+    saved = load_saved(reuters)
+    texts = [str(record["Text"]) for record in saved.run.task.splits().held_out.head(20).records]
+    batch = saved.tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        ours = saved.model(**batch).logits
+    merged = tmp_path / "merged"
+    assert main(["merge", str(reuters), str(merged)]) == 0
+    arguments = [sys.executable, "-c", PLAIN, str(fetch("bundled:minilm")), str(reuters), str(merged)]
+    printed = subprocess.run([*arguments, json.dumps(texts)], check=True, capture_output=True, text=True).stdout
+    tolerance = 1e-5 * max(1.0, float(ours.abs().max()))
+    for line in printed.splitlines():
+        assert float((torch.tensor(json.loads(line)) - ours).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_runs(config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if "PEFTKIT_DATA" in config.read_text():
+        request.getfixturevalue("real_data")
+    short = ["training.max_steps=2", "training.batch_size=4", "task.data.limit=40", "task.max_length=32"]
+    assert main(["train", str(config), *short, f"output.folder={tmp_path / 'run'}"]) == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert set(scores) == {"majority", "before", "after"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_runs_as_a_script(config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The recipe of each configuration's method does what `peftkit train` does."""
+    if "PEFTKIT_DATA" in config.read_text():
+        request.getfixturevalue("real_data")
+    kind = load_run(config).method.kind
+    short = ["training.max_steps=1", "training.batch_size=4", "task.data.limit=8", "task.max_length=16"]
+    folders = [tmp_path / name for name in ("recipe", "verb")]
+    command = [sys.executable, str(shipped.folder() / f"{kind}.py"), "--config", str(config), *short]
+    subprocess.run([*command, f"output.folder={folders[0]}"], check=True, env=os.environ)
+    assert main(["train", str(config), *short, f"output.folder={folders[1]}"]) == 0
+    assert _loss(folders[0]) == _loss(folders[1])
+
+
+def _loss(folder: Path) -> Any:
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_shipped_configurations_share_one_data_root() -> None:
+    for config in CONFIGS:
+        data = load_run(config).task.data
+        assert isinstance(data, Section)
+        named = [value for value in (data.train, data.dev, data.test) if value]
+        assert data.name or all(value.startswith("${PEFTKIT_DATA}/") for value in named)
