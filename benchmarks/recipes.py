@@ -18,7 +18,6 @@ from typing import Any
 
 from peftkit.config import load_run
 from peftkit.environment import describe
-from peftkit.report import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,10 +29,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "recipes")
     parser.add_argument("--name", default="recipes", help="of the result file")
+    parser.add_argument("--note", default="", help="about the circumstances, kept in the result file")
     options = parser.parse_args()
     rows = [finished(name, seed, options.runs) for name in options.configs for seed in options.seeds]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    document = {"command": " ".join(sys.argv), "environment": describe(), "runs": rows}
+    document = {"command": " ".join(sys.argv), "note": options.note, "environment": describe(), "runs": rows}
     (RESULTS / f"{options.name}.json").write_text(json.dumps(document, indent=2) + "\n")
     print(summary(rows))
 
@@ -56,26 +56,30 @@ def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Mean and spread of the headline over seeds, with cost."""
-    lines = [["config", "trained", "before", "after (mean)", "seeds", "s", "tokens/s", "GiB"]]
+    """A Markdown table: mean of the headline over seeds, every seed, and the cost."""
+    lines = [
+        "| configuration | trained | untuned | tuned (mean) | by seed | seconds | tokens/s | peak GiB |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
     for name in dict.fromkeys(row["config"] for row in rows):
-        runs = [row for row in rows if row["config"] == name]
-        headline = next(iter(runs[0]["scores"]["after"]))
-        after = [run["scores"]["after"][headline] for run in runs]
-        cost = [run["training"] for run in runs]
-        lines.append(
-            [
-                name,
-                f"{cost[0]['trainable_parameters']:,}",
-                f"{statistics.mean(run['scores']['before'][headline] for run in runs):.4f}",
-                f"{statistics.mean(after):.4f}",
-                " ".join(f"{one:.4f}" for one in after),
-                f"{statistics.median(one['seconds'] for one in cost):.0f}",
-                f"{statistics.median(one['tokens_per_second'] for one in cost):,.0f}",
-                f"{max(one['peak_memory_bytes'] for one in cost) / 2**30:.2f}",
-            ]
-        )
-    return table(lines)
+        lines.append("| " + " | ".join(_cells(name, [row for row in rows if row["config"] == name])) + " |")
+    return "\n".join(lines)
+
+
+def _cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    headline = next(iter(runs[0]["scores"]["after"]))
+    before, after = ([run["scores"][when][headline] for run in runs] for when in ("before", "after"))
+    costs = [run["training"] for run in runs]
+    return [
+        f"`{name}`",
+        f"{costs[0]['trainable_parameters']:,}",
+        f"{statistics.mean(before):.4f}",
+        f"{statistics.mean(after):.4f} {headline.replace('_', ' ')}",
+        ", ".join(f"{run['seed']}: {value:.4f}" for run, value in zip(runs, after, strict=True)),
+        f"{statistics.median(cost['seconds'] for cost in costs):.0f}",
+        f"{statistics.median(cost['tokens_per_second'] for cost in costs):,.0f}",
+        f"{max(cost['peak_memory_bytes'] for cost in costs) / 2**30:.2f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -49,9 +49,8 @@ def test_the_adapter_is_the_same_file_from_every_process(tmp_path: Path, tiny_be
 def test_all_missing_files_are_told_before_anything_else(
     write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"train": "absent/train.jsonl", "test": "${NO_SUCH_FOLDER}/test.jsonl"}
-    config = write_config(task={"kind": "sequence_classification", "data": files})
-    assert main(["train", str(config)]) == 2
+    files = "task.data={train: absent/train.jsonl, test: '${NO_SUCH_FOLDER}/test.jsonl'}"
+    assert main(["train", str(write_config()), files]) == 2
     told = capsys.readouterr().err
     assert "absent/train.jsonl: no such file" in told
     assert "NO_SUCH_FOLDER is not set" in told

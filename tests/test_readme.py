@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,13 +35,21 @@ def test_every_file_that_is_linked_exists() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_every_command_is_one_that_the_parser_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftkit.cli import _parser
+def test_the_figures_are_those_of_the_result_file() -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
+    results = json.loads((ROOT / "benchmarks" / "results" / "recipes.json").read_text())
+    assert module["summary"](results["runs"]) in README
 
+
+def test_every_command_is_one_that_the_parser_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkit.cli import _parsers
+
+    _, verbs = _parsers()
     lines = re.findall(r"^peftkit (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
     assert lines
     for line in lines:
-        _parser().parse_args(_words(line))
+        verb, *arguments = _words(line)
+        verbs[verb].parse_intermixed_args(arguments)
 
 
 def _words(line: str) -> list[str]:
