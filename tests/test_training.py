@@ -610,7 +610,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, toy_data: 
     files = {split: str(toy_data / f"sentiment_{split}.jsonl") for split in ("train", "dev", "test")}
     tree = {
         "backbone": {"name": str(tiny_bert)},
-        "task": {"kind": "sequence_classification", "data": files},
+        "task": {"kind": "sequence_classification", "data": files, "max_length": 32},
         "method": LORA,
         "training": TRAINING | {"epochs": 2},
         "output": {"folder": str(folder / "run"), "trackers": ["tensorboard"]},
