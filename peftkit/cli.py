@@ -53,6 +53,10 @@ def predict(options: argparse.Namespace) -> None:
 
     if options.texts and options.file:
         raise UsageError("give texts or --file, not both")
+    if options.text_pair and not options.texts:
+        raise UsageError(
+            "--text-pair goes with texts on the command line; in a file or stdin, the pair is in each line"
+        )
     if not options.texts and not options.file and sys.stdin.isatty():
         raise UsageError("no text: give texts, --file FILE, or pipe one text a line into stdin")
     saved = load_run(options.run)
@@ -112,7 +116,8 @@ def fetch(options: argparse.Namespace) -> None:
         print(table([["name", "kind", "license", ""], *rows]))
         return
     for bundle in [bundled.bundle_named(name) for name in options.names]:
-        print(f"bundled:{bundle.name}  {bundled.fetch(bundle.name)}")
+        bundled.fetch(bundle.name)
+        print(f"bundled:{bundle.name}  {bundled.verify(bundle.name)}")
 
 
 def validate(options: argparse.Namespace) -> None:
@@ -155,6 +160,12 @@ def environment(options: argparse.Namespace) -> None:
     print(json.dumps(describe(), indent=2))
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
 def _input_rows(options: argparse.Namespace, task: Any) -> Any:
     from peftkit.data.files import read_file
 
@@ -162,7 +173,7 @@ def _input_rows(options: argparse.Namespace, task: Any) -> Any:
         return read_file(options.file)
     if options.texts:
         return task.rows_from_text(options.texts, options.text_pair)
-    lines = _lines(_read(options.file) if options.file else sys.stdin.read())
+    lines = _lines(_read(options.file) if options.file else _read_stdin())
     if task_pairs := getattr(task, "text_pair", None):
         halves = [line.split("\t") for line in lines]
         if any(len(half) != 2 for half in halves):
@@ -178,6 +189,13 @@ def _read(file: Path) -> str:
         raise UsageError(f"no file {file}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {file}: {error}") from error
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the input is not UTF-8: {error}") from error
 
 
 def _lines(text: str) -> list[str]:
@@ -232,8 +250,10 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     one = verb("merge", merge, "Write a run as one plain transformers model, read it back and compare.")
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("target", type=Path, metavar="OUT")
-    one.add_argument("--data", type=Path, metavar="FILE", help="compare on these rows instead of the run's test split")
-    one.add_argument("--probe-rows", type=int, metavar="N", help="compare on the first N test rows (default: all)")
+    one.add_argument("--data", type=Path, metavar="FILE", help="rows to compare on (default: the test split)")
+    one.add_argument(
+        "--probe-rows", type=_positive, metavar="N", help="compare on the first N test rows (default: all)"
+    )
 
     one = verb("params", params, "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

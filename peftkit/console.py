@@ -47,8 +47,8 @@ def guard(action: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         if _is_first():
             _tell(
-                "interrupted; nothing half-written is left, and the same command (without output.overwrite) "
-                "goes on from the last checkpoint"
+                "interrupted; nothing half-written is left. A training run goes on from its last checkpoint when its "
+                "command is given again, without output.overwrite"
             )
         return INTERRUPTED
     except BrokenPipeError:
@@ -56,7 +56,10 @@ def guard(action: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno != errno.ENOSPC:
-            raise
+            if error.filename is None:
+                raise
+            _tell(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
+            return 1
         _tell(f"error: no space left on the disk that holds {error.filename or 'the output'}; free some and run again")
         return 1
     return 0

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftkit.errors import ArtifactError
+from peftkit.errors import ArtifactError, UsageError
 
 FULL = 2**20
 """A disk with fewer bytes left is why a write failed, whatever the writer says."""
@@ -82,6 +82,19 @@ def require_space(folder: Path, needed: int) -> None:
             f"{folder}: checkpoints and the result need {_size(needed)}, and {_size(free)} are free; "
             "free some, or name an output.folder on another disk"
         )
+
+
+def require_writable(target: Path) -> None:
+    """Refuse a file or folder to be made where nothing can be made.
+
+    Raises:
+        UsageError: its nearest existing parent is not a folder, or not one that this user may write to.
+    """
+    parent = next(one for one in target.absolute().parents if one.exists())
+    if not parent.is_dir():
+        raise UsageError(f"cannot write {target}: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"cannot write {target}: {parent} is not writable")
 
 
 @contextlib.contextmanager

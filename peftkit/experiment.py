@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from peftkit.artifacts.store import save
 from peftkit.backbones.load import load
 from peftkit.config import Run, run_id
 from peftkit.data.sources import Splits
+from peftkit.errors import UsageError
 from peftkit.evaluation import Evaluation, evaluate, majority
 from peftkit.prepare import prepare
 from peftkit.report import announce, report
@@ -45,7 +48,9 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
         splits: rows to use instead of those that `run.task.data` names.
         metrics: `evaluate` modules to compute beside the task's own.
     """
-    run = _in_folder(run)
+    if splits is not None and not isinstance(splits, Splits):
+        raise UsageError("splits must come from peftkit.splits_from(train=…, dev=…, test=…)")
+    run = _in_folder(run, splits)
     accelerator = start(run, needs_data=splits is None)
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
@@ -62,9 +67,12 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     return Result(folder, model, record, evaluations)
 
 
-def _in_folder(run: Run) -> Run:
-    """The run with its output folder filled in."""
+def _in_folder(run: Run, splits: Splits | None) -> Run:
+    """The run with its output folder filled in; rows that were handed over are part of its name."""
     if run.output.folder is not None:
         return run
     folder = f"runs/{run.method.kind}-{run_id(run)[:8]}"
+    if splits is not None:
+        rows = [one.records for one in (splits.train, splits.dev, splits.test) if one is not None]
+        folder += "-" + hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:8]
     return run.model_copy(update={"output": run.output.model_copy(update={"folder": folder})})

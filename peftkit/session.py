@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from peftkit.config import Run, run_id
 from peftkit.config_file import to_yaml
 from peftkit.data.sources import missing_files
-from peftkit.disk import write_text
+from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
 from peftkit.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from filelock import BaseFileLock
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.yaml"
+LOCK = ".lock"
 HEADER = "# run "
 """How the first line of `run.yaml` starts; the run's id follows. It tells a run folder from any other."""
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -54,15 +56,40 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
 
 
 def claim(run: Run, accelerator: Accelerator) -> None:
-    """Write the resolved run into its folder, which from now on belongs to it."""
+    """Write the resolved run into its folder, which from now on belongs to it; `release` gives the folder back.
+
+    Raises:
+        UsageError: another process is training into the folder.
+    """
     folder = run_folder(run)
     check_folder(run, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.run_lock = _lock(folder)
         _write_run(run, folder)
     if run.output.trackers:
         accelerator.init_trackers("tracking", config={"run_id": run_id(run)})
     accelerator.wait_for_everyone()
+
+
+def release(run: Run, accelerator: Accelerator) -> None:
+    """Give the run folder back; the lock of a process that died is free by itself."""
+    accelerator.run_lock.release()
+    (run_folder(run) / LOCK).unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> BaseFileLock:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"another process is training into {folder}; wait for it, or name another output.folder"
+        ) from None
+    return lock
 
 
 def inference_accelerator(run: Run) -> Accelerator:
@@ -83,12 +110,13 @@ def run_folder(run: Run) -> Path:
 def check_folder(run: Run, folder: Path) -> None:
     """Refuse a folder with another run, a finished one, or a stranger's files in it."""
     if not folder.exists():
+        require_writable(folder)
         return
     if not folder.is_dir():
         raise UsageError(f"output.folder: {folder} is a file")
     owner = _owner(folder)
     if owner is None:
-        if any(folder.iterdir()):
+        if any(entry.name != LOCK for entry in folder.iterdir()):
             raise UsageError(
                 f"{folder} is not a run folder and holds other files, which peftkit will not overwrite; "
                 "name an empty or new output.folder"
@@ -165,9 +193,8 @@ def _owner(folder: Path) -> str | None:
 
 
 def _write_run(run: Run, folder: Path) -> None:
-    if folder.exists() and (run.output.overwrite or not _holds_work(folder)):
+    if run.output.overwrite or not _holds_work(folder):
         _empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = to_yaml(run.model_dump(mode="json"))
     write_text(folder / RUN_FILE, f"{HEADER}{run_id(run)}\n{text}")
 
@@ -177,6 +204,8 @@ def _empty(folder: Path) -> None:
 
     `run.yaml` goes last, so that a folder half emptied still counts as a run's."""
     for entry in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
+        if entry.name == LOCK:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

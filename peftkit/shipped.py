@@ -42,6 +42,8 @@ def copy(name: str, target: Path | None) -> Path:
             stream.write(source.read_bytes())
     except FileExistsError:
         raise UsageError(f"{target} exists; name another file") from None
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}") from error
     return target
 
 

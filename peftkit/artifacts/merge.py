@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.store import SavedRun
 from peftkit.data.collate import collate
 from peftkit.data.files import Rows
-from peftkit.disk import whole_folder, write_text
+from peftkit.disk import require_writable, whole_folder, write_text
 from peftkit.errors import ArtifactError, UsageError
 from peftkit.prepare import Split, encode_split
 from peftkit.quiet import quiet_libraries
@@ -43,7 +43,7 @@ class MergeReport:
         return self.largest_difference / max(1.0, self.largest_logit)
 
 
-def merge(saved: SavedRun, target: Path, probe: Rows) -> MergeReport:
+def merge(saved: SavedRun, target: str | Path, probe: Rows) -> MergeReport:
     """Merge in float32, save, read back, compare on `probe`; nothing is left at `target` unless it is equal.
 
     Consumes `saved.model`.
@@ -53,7 +53,9 @@ def merge(saved: SavedRun, target: Path, probe: Rows) -> MergeReport:
         NotMergeable: the method has no merged form.
         ArtifactError: the merged model computes something else.
     """
+    target = Path(target)
     check_target(saved.folder, target)
+    saved.model.cpu()  # a prediction may have moved it
     dtype = saved.run.backbone.dtype
     split = encode_split(saved.run, probe.source, probe, saved.head, saved.tokenizer, supervised=False)
     before = _all_logits(saved.model, saved.run.task, split)
@@ -72,6 +74,7 @@ def check_target(run_folder: Path, target: Path) -> None:
         raise UsageError(f"{target} exists; name a new folder for the merged model")
     if run_folder.resolve() in target.resolve().parents:
         raise UsageError(f"{target} lies inside the run {run_folder}; name a folder outside it")
+    require_writable(target)
 
 
 def _write(saved: SavedRun, folder: Path, dtype: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.backbones.load import Backbone, Head, load, resolve, weight_files
+from peftkit.backbones.load import Backbone, BackboneSettings, Head, load, resolve, weight_files
 from peftkit.config import Run, run_id
 from peftkit.config import load_run as load_config
 from peftkit.disk import whole_folder, write_text
@@ -19,7 +19,7 @@ from peftkit.errors import ArtifactError, ConfigError, UsageError
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import trained_parameters
 from peftkit.quiet import quiet_libraries
-from peftkit.session import MANIFEST, RUN_FILE, run_folder
+from peftkit.session import MANIFEST, RUN_FILE, release, run_folder
 from peftkit.training.loop import CHECKPOINTS, TrainRecord
 
 if TYPE_CHECKING:
@@ -79,24 +79,26 @@ def save(
         manifest["files"] = _hashes(folder, folder / run.method.artifact)
         _write_json(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        release(run, accelerator)
     accelerator.wait_for_everyone()
     if run.output.trackers:
         accelerator.end_training()
     return folder
 
 
-def load_run(folder: Path) -> SavedRun:
+def load_run(folder: str | Path) -> SavedRun:
     """The trained model of a finished run, on the backbone it was trained on.
 
     Raises:
         UsageError: `folder` is not a finished run.
         ArtifactError: files changed since they were written, or the backbone's weights are others.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
     run = read_saved_config(folder)
     head = Head(manifest["head"]["model_class"], tuple(manifest["head"]["labels"]), manifest["head"]["pretokenized"])
-    backbone = load(run.backbone, head)
+    backbone = load(_found_again(run.backbone, manifest), head)
     expected = manifest["backbone"]["weights_sha256"]
     if backbone.weights_sha256 != expected:
         files = ", ".join(file.name for file in weight_files(resolve(run.backbone)))
@@ -106,6 +108,14 @@ def load_run(folder: Path) -> SavedRun:
         )
     model = run.method.load(backbone, folder / manifest["artifact"]).eval()
     return SavedRun(folder, run, manifest, backbone, model, head)
+
+
+def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
+    """A backbone named by a relative folder is looked for where it was when the run was trained."""
+    recorded = manifest["backbone"]["folder"]
+    if recorded and Path(recorded).is_dir() and not Path(settings.name).expanduser().is_dir():
+        return settings.model_copy(update={"name": recorded})
+    return settings
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -157,6 +167,7 @@ def _manifest(
             "name": backbone.name,
             "revision": backbone.revision,
             "weights_sha256": backbone.weights_sha256,
+            "folder": str(Path(backbone.name).expanduser().absolute()) if _is_folder(backbone.name) else None,
         },
         "task": run.task.kind,
         "head": dataclasses.asdict(data.head),
@@ -170,6 +181,10 @@ def _manifest(
         "notes": list(data.notes),
         "versions": versions(),
     }
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> Pr
     from transformers import AutoTokenizer
 
     folder = resolve(settings)
+    read_config(folder)  # says best what is wrong with a folder that holds no model
     # byte-level BPE glues a word to the space before it; words given one by one need that space
     extra = {"add_prefix_space": True} if pretokenized else {}
     try:
@@ -129,7 +130,7 @@ def resolve(settings: BackboneSettings, files: Sequence[str] = HUB_FILES) -> Pat
         return fetch(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.absolute()  # what peft records for whoever loads the adapter
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"backbone.name: no folder {folder}")
     return _from_hub(settings, files)

@@ -89,13 +89,15 @@ class LoRA(Method):
 
         peft_model: Any = model
         config = copy.copy(peft_model.peft_config[ADAPTER])
-        state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
+        state: dict[str, Tensor] = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         if self._rewrites_base:
             config, state = self._over_untouched_base(config, state, peft_model.initial_adapter)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.inference_mode = True
-        config.target_modules = sorted(config.target_modules)  # peft keeps a set, whose order varies by process
+        # peft keeps targets in a set, whose order varies by process, and adds heads that it has been told already
+        config.target_modules = sorted(config.target_modules)
+        config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
         config.save_pretrained(folder)
         follow_umask(folder)
 
@@ -110,7 +112,7 @@ class LoRA(Method):
         with quiet_libraries():
             model = PeftModel.from_pretrained(base, folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            differing = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(model)))
+            differing = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
         if differing:
             raise ArtifactError(f"{folder} does not fit its configuration: it differs in {', '.join(differing[:3])}")
         return model.requires_grad_(False)
@@ -235,5 +237,5 @@ def _matrix_shape(name: str, module: nn.Module) -> tuple[int, int]:
 def _adapter_matrices(model: PeftModel) -> dict[str, Any]:
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: t.detach().clone() for name, t in state.items() if ".lora_A." in name or ".lora_B." in name}

@@ -94,6 +94,8 @@ class SequenceClassification(Task):
         if (pairs is None) != (self.text_pair is None):
             wanted = "pairs of texts" if self.text_pair else "single texts"
             raise UsageError(f"this model was trained on {wanted}; give it those")
+        if pairs is not None and len(pairs) != len(texts):
+            raise UsageError(f"{len(texts)} texts and {len(pairs)} second texts; give each text its pair")
         if pairs is None:
             records = [{self.text: text} for text in texts]
         else:
