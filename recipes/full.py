@@ -1,6 +1,10 @@
 """Full fine-tuning: every parameter trains.
 
-accelerate launch recipes/full.py --config recipes/configs/sst2_full.yaml
+    accelerate launch recipes/full.py --config recipes/configs/sst2_full.yaml
+
+sst2_full.yaml, seeds 1, 2, 3: test accuracy 0.8863 / 0.8913 / 0.8748, mean 0.8841 (0.4917 untuned),
+16 minutes of training on one CPU thread, 1.31 GiB.
+Raw figures: benchmarks/results/recipes.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys

@@ -1,6 +1,10 @@
 """Only the head trains, over a frozen backbone.
 
-accelerate launch recipes/head.py --config recipes/configs/sst2_head.yaml
+    accelerate launch recipes/head.py --config recipes/configs/sst2_head.yaml
+
+sst2_head.yaml, seed 1: test accuracy 0.7040 (0.4822 untuned),
+5 minutes of training on one CPU thread, 0.87 GiB.
+Raw figures: benchmarks/results/recipes.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys

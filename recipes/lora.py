@@ -1,6 +1,13 @@
 """LoRA around a frozen backbone.
 
-accelerate launch recipes/lora.py --config recipes/configs/sst2_lora.yaml method.rank=16
+    accelerate launch recipes/lora.py --config recipes/configs/sst2_lora.yaml method.rank=16
+
+sst2_lora.yaml, seeds 1, 2, 3: test accuracy 0.8841 / 0.8753 / 0.8808, mean 0.8801 (0.4917 untuned),
+12 minutes of training on one CPU thread, 1.33 GiB.
+
+wnut17_lora.yaml, seed 1: test entity f1 0.4122 (0.0088 untuned),
+10 minutes of training on one CPU thread, 1.25 GiB.
+Raw figures: benchmarks/results/recipes.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys
