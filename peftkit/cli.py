@@ -193,9 +193,11 @@ def _read(file: Path) -> str:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = sys.stdin.read()
+        text.encode()  # some locales let foreign bytes through as surrogates, which no text has
+    except UnicodeError as error:
         raise UsageError(f"the input is not UTF-8: {error}") from error
+    return text
 
 
 def _lines(text: str) -> list[str]:

@@ -110,7 +110,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", str(LORA), "--quick"], "error: unrecognized arguments: --quick; `peftkit train --help`"),
         (["validate", str(LORA), "rank"], "error: 'rank' is not an override; write it as section.key=value\n"),
         (["merge", "one"], "error: the following arguments are required: OUT; `peftkit merge --help`"),
-        (["merge", "a", "b", "--probe-rows", "many"], "error: argument --probe-rows: invalid int value: 'many'"),
+        (["merge", "a", "b", "--probe-rows", "many"], "error: argument --probe-rows: many is not a positive number"),
         (["params"], "error: the following arguments are required: --backbone, --method"),
         (["cp", "sst2_loar"], "error: nothing is shipped as 'sst2_loar'; did you mean 'sst2_lora.yaml'?\n"),
         (["fetch", "minilmm"], "error: there is no bundled backbone or data set 'minilmm'; did you mean 'minilm'?\n"),

@@ -45,7 +45,8 @@ def test_every_command_is_one_that_the_parser_knows(monkeypatch: pytest.MonkeyPa
     from peftkit.cli import _parsers
 
     _, verbs = _parsers()
-    lines = re.findall(r"^peftkit (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
+    lines = re.findall(r"^peftkit (.+?)(?:\s+#.*)?$", blocks, flags=re.MULTILINE)
     assert lines
     for line in lines:
         verb, *arguments = _words(line)

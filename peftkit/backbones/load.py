@@ -262,4 +262,5 @@ def _from_hub(settings: BackboneSettings, files: Sequence[str]) -> Path:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    first = text.splitlines()[0]
+    return first if len(first) <= 200 else f"{first[:199]}…"
