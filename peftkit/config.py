@@ -123,9 +123,13 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """
     run = validate(read_document(path, overrides))
     if run.output.folder is None:
-        output = run.output.model_copy(update={"folder": f"runs/{path.stem}-{run_id(run)[:8]}"})
-        run = run.model_copy(update={"output": output})
+        run = in_folder(run, f"runs/{path.stem}-{run_id(run)[:8]}")
     return run
+
+
+def in_folder(run: Run, folder: str) -> Run:
+    """The same run, written to `folder`."""
+    return run.model_copy(update={"output": run.output.model_copy(update={"folder": folder})})
 
 
 def read_run(expect: type[Method] | None = None, arguments: Sequence[str] | None = None) -> Run:

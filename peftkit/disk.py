@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -66,6 +67,12 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def file_sha256(file: Path) -> str:
+    """The hash of one file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def require_space(folder: Path, needed: int) -> None:

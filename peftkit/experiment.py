@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.store import save
 from peftkit.backbones.load import load
-from peftkit.config import Run, run_id
+from peftkit.config import Run, in_folder, run_id
 from peftkit.data.sources import Splits
 from peftkit.errors import UsageError
 from peftkit.evaluation import Evaluation, evaluate, majority
@@ -50,7 +50,8 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     """
     if splits is not None and not isinstance(splits, Splits):
         raise UsageError("splits must come from peftkit.splits_from(train=…, dev=…, test=…)")
-    run = _in_folder(run, splits)
+    if run.output.folder is None:
+        run = in_folder(run, _default_folder(run, splits))
     accelerator = start(run, needs_data=splits is None)
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
@@ -67,12 +68,10 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     return Result(folder, model, record, evaluations)
 
 
-def _in_folder(run: Run, splits: Splits | None) -> Run:
-    """The run with its output folder filled in; rows that were handed over are part of its name."""
-    if run.output.folder is not None:
-        return run
+def _default_folder(run: Run, splits: Splits | None) -> str:
+    """Rows that were handed over are part of the name, because the run's id does not know them."""
     folder = f"runs/{run.method.kind}-{run_id(run)[:8]}"
     if splits is not None:
         rows = [one.records for one in (splits.train, splits.dev, splits.test) if one is not None]
         folder += "-" + hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:8]
-    return run.model_copy(update={"output": run.output.model_copy(update={"folder": folder})})
+    return folder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.backbones.load import Backbone, BackboneSettings, Head, load, resolve, weight_files
 from peftkit.config import Run, run_id
 from peftkit.config import load_run as load_config
-from peftkit.disk import whole_folder, write_text
+from peftkit.disk import file_sha256, whole_folder, write_text
 from peftkit.environment import versions
 from peftkit.errors import ArtifactError, ConfigError, UsageError
 from peftkit.evaluation import Evaluation
@@ -148,12 +148,6 @@ def read_saved_config(folder: Path) -> Run:
         return load_config(folder / RUN_FILE)
     except ConfigError as error:
         raise ArtifactError(f"{folder / RUN_FILE} does not fit this version of peftkit: {error}") from error
-
-
-def file_sha256(file: Path) -> str:
-    """The hash of one file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _manifest(

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from peftkit.backbones.download import PREFIX, Bundle, fetch_members, file_sha256, megabytes, say
+from peftkit.backbones.download import PREFIX, Bundle, fetch_members, megabytes, say
+from peftkit.disk import file_sha256
 from peftkit.errors import FetchError, UsageError
 from peftkit.schema import did_you_mean
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import re
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from peftkit.disk import file_sha256
 from peftkit.errors import FetchError
 
 PREFIX = "bundled:"
@@ -69,12 +69,6 @@ def say(text: str) -> None:
 def megabytes(size: int) -> str:
     """`size` bytes in decimal megabytes, as disks are sold."""
     return f"{size / 1e6:,.0f} MB"
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of one file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.backbones.bundled import bundle_named, fetch
+from peftkit.backbones.download import PREFIX
 from peftkit.backbones.layouts import Layout, head_modules, layout_for
+from peftkit.disk import file_sha256
 from peftkit.errors import BackboneError, UsageError
 from peftkit.quiet import quiet_libraries
 from peftkit.schema import Section
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-BUNDLED = "bundled:"
 CONFIG = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -124,7 +125,7 @@ def longest_input(settings: BackboneSettings, tokenizer: PreTrainedTokenizerBase
 def resolve(settings: BackboneSettings, files: Sequence[str] = HUB_FILES) -> Path:
     """The local folder that holds the backbone; downloads it (from a hub only `files`) if need be."""
     name = settings.name
-    if name.startswith(BUNDLED):
+    if name.startswith(PREFIX):
         if bundle_named(name).kind != "backbone":
             raise UsageError(f"{name} is a data set, not a backbone; name it under task.data.name")
         return fetch(name)
@@ -173,8 +174,7 @@ def weights_sha256(files: Iterable[Path]) -> str:
     """One hash over the names and contents of weight files."""
     total = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{file.name}:{file_sha256(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -239,7 +239,7 @@ def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _revision(settings: BackboneSettings, folder: Path) -> str | None:
     """The commit that was loaded, for a hub model; hub snapshots are folders named by their commit."""
-    if settings.name.startswith(BUNDLED):
+    if settings.name.startswith(PREFIX):
         return bundle_named(settings.name).version
     return folder.name if folder.parent.name == "snapshots" else settings.revision
 

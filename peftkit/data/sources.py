@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field, model_validator
 
+from peftkit.backbones.download import PREFIX
 from peftkit.data.carve import carve
 from peftkit.data.files import SUFFIXES, Rows, check_file, read_file
 from peftkit.errors import DataError, PeftkitError, UsageError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     Table: TypeAlias = Rows | Sequence[Mapping[str, Any]] | Dataset
 
 Text = Annotated[str, Field(min_length=1)]
-BUNDLED = "bundled:"
 FORMATS = ("csv", "json", "parquet", "text", "arrow", "xml")  # datasets would read the whole working folder
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -45,7 +45,7 @@ class DataSettings(Section):
     def _belong_together(self) -> DataSettings:
         if self.name is None and self.train is None:
             raise ValueError("train is missing: name a file, or set name to a data set")
-        from_hub = self.name is not None and not self.name.startswith(BUNDLED)
+        from_hub = self.name is not None and not self.name.startswith(PREFIX)
         for option in ("configuration", "revision"):
             if getattr(self, option) is not None and not from_hub:
                 raise ValueError(f"{option} needs name to be a data set of the hub; leave {option} out")
@@ -69,7 +69,7 @@ class Splits:
 
 def read_splits(settings: DataSettings, label: str | None = None) -> Splits:
     """The rows that the settings name; a missing dev split is carved from train, stratified by `label`."""
-    bundled = settings.name is not None and settings.name.startswith(BUNDLED)
+    bundled = settings.name is not None and settings.name.startswith(PREFIX)
     read = _read_files if settings.name is None else _read_bundled if bundled else _load_all
     return _splits(read(settings), settings, label)
 
@@ -95,7 +95,7 @@ def missing_files(settings: DataSettings | None) -> list[str]:
     if settings is None:
         return ["task.data: the rows must be given in Python"]
     find: Callable[[str], Path | str] = _folder_or_id if settings.name else _named_file
-    bundled = settings.name is not None and settings.name.startswith(BUNDLED)
+    bundled = settings.name is not None and settings.name.startswith(PREFIX)
     named = [settings.name] if settings.name else [settings.train, settings.dev, settings.test]
     problems = []
     for value in filter(None, [] if bundled else named):
@@ -130,7 +130,7 @@ def _read_files(settings: DataSettings) -> list[Rows | None]:
 def _read_bundled(settings: DataSettings) -> list[Rows | None]:
     from peftkit.backbones.bundled import bundle_named, fetch
 
-    name = str(settings.name).removeprefix(BUNDLED)
+    name = str(settings.name).removeprefix(PREFIX)
     if bundle_named(name).kind != "dataset":
         raise UsageError(f"{settings.name} is a backbone, not data; name it under the backbone")
     folder = fetch(name, progress=sys.stderr.isatty())

@@ -102,6 +102,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The values of the parameters that train, as safetensors takes them."""
+    return {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}
+
+
 def check_trained(model: nn.Module, expected: int, method: Method) -> None:
     """Refuse a model whose trained parameters are not exactly those that were asked for."""
     found = sum(p.numel() for p in trained_parameters(model).values())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, train_in_float32, train_only, trained_parameters
+from peftkit.methods.base import Method, train_in_float32, train_only, trained_parameters, trained_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,8 +37,7 @@ class HeadOnly(Method):
     def save(self, model: nn.Module, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        tensors = {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "method": self.kind})
+        save_file(trained_tensors(model), folder / WEIGHTS, metadata={"format": "pt", "method": self.kind})
         follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.disk import whole_file, whole_folder
 from peftkit.errors import ArtifactError
-from peftkit.methods.base import trained_parameters
+from peftkit.methods.base import trained_parameters, trained_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from peftkit.methods.base import Method
 
@@ -70,7 +70,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         with whole_folder(self.folder / f"step-{progress.step}") as partial:
-            save_file(_trained_tensors(self.model), partial / TRAINED)
+            save_file(trained_tensors(self.model), partial / TRAINED)
             save_file(self.method.state(self.model), partial / METHOD_STATE)
             torch.save({name: one.state_dict() for name, one in self.states.items()}, partial / OPTIMIZER)
             torch.save(list(random_states), partial / RANDOM)
@@ -109,7 +109,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         with whole_file(self._best(step)) as partial:
-            save_file(_trained_tensors(self.model), partial)
+            save_file(trained_tensors(self.model), partial)
 
     def load_best(self, step: int) -> None:
         """Put back what `save_best` kept."""
@@ -198,7 +198,3 @@ def _check_same(place: Path, progress: Progress, fresh: Progress) -> None:
             f"{place} was written with another {' and '.join(differing)}; "
             "continue with the same, or start again with output.overwrite=true"
         )
-
-
-def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous().cpu() for name, p in trained_parameters(model).items()}

@@ -51,14 +51,14 @@ def make_schedule(optimizer: Optimizer, settings: TrainingSettings, total_steps:
     """Warm-up from 0, then decay to 0 at `total_steps` (constant: no decay)."""
     from transformers import get_scheduler
 
-    if settings.warmup(total_steps) >= total_steps:
-        warmup = settings.warmup(total_steps)
+    warmup = settings.warmup(total_steps)
+    if warmup >= total_steps:
         raise UsageError(
             f"training.warmup_steps: the warm-up takes {warmup:,} of {total_steps:,} steps, so the learning rate never "
             "gets to its value; lower it"
         )
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    schedule: LRScheduler = get_scheduler(name, optimizer, settings.warmup(total_steps), total_steps)
+    schedule: LRScheduler = get_scheduler(name, optimizer, warmup, total_steps)
     return schedule
 
 
