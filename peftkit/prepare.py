@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from peftkit.backbones.load import Head, load_tokenizer, longest_input
+from peftkit.backbones.layouts import layout_for
+from peftkit.backbones.load import Head, load_tokenizer, longest_input, meta_model, read_config, resolve_config
 from peftkit.config import Run
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.data.sources import Splits
-from peftkit.errors import UsageError
+from peftkit.errors import MethodError, UsageError
 from peftkit.tasks.base import Encoded, Task
 
 if TYPE_CHECKING:
@@ -68,14 +69,15 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
     splits = splits or run.task.splits()
     head = run.task.head(splits.train)
     tokenizer = load_tokenizer(run.backbone, head.pretokenized)
-    limit = longest_input(run.backbone, tokenizer)
-    if limit is not None and run.task.max_length > limit:
-        raise UsageError(
-            f"task.max_length is {run.task.max_length}, but {run.backbone.name} takes at most {limit} tokens"
-        )
+    _check_length(run, longest_input(run.backbone, tokenizer))
+    _check_method(run, head)
     train, dev = (
         encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
     )
+    try:
+        run.method.check_steps(run.training.total_steps(len(train)))
+    except MethodError as error:
+        raise UsageError(f"method: {error}") from error
     test = encode_split(run, "test", splits.test, head, tokenizer) if splits.test is not None else dev
     notes = [
         *splits.notes,
@@ -95,6 +97,25 @@ def encode_split(
     encoded = run.task.encode(rows, tokenizer, head.labels, supervised)
     pad_id = int(tokenizer.pad_token_id or 0)
     return Split(name, rows, encoded, head.labels, pad_id, run.training.evaluation_batch_size)
+
+
+def _check_length(run: Run, limit: int | None) -> None:
+    taken = run.method.virtual_tokens()
+    if limit is not None and run.task.max_length + taken > limit:
+        why = f", of which method '{run.method.kind}' takes {taken}" if taken else ""
+        raise UsageError(
+            f"task.max_length is {run.task.max_length}, but {run.backbone.name} takes at most {limit} tokens{why}"
+        )
+
+
+def _check_method(run: Run, head: Head) -> None:
+    """Refuse what the method cannot do to this architecture, before weights load: its shapes are enough."""
+    model = meta_model(read_config(resolve_config(run.backbone)), head)
+    config: Any = model.config
+    try:
+        run.method.added_parameters(model, layout_for(config.model_type))
+    except MethodError as error:
+        raise UsageError(f"method: {error}") from error
 
 
 def _label_ids(split: Split) -> list[int]:

@@ -36,6 +36,14 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean '{match}'?" if match else f"; it can be: {', '.join(choice)}"
 
 
+def alike(name: str, candidates: Iterable[str], listed: Iterable[str]) -> str:
+    """The candidates most like `name`, or what is `listed` when none is alike."""
+    found = difflib.get_close_matches(name, dict.fromkeys(candidates), n=3)
+    if found:
+        return f"; did you mean {' or '.join(repr(match) for match in found)}?"
+    return f"; it can be: {', '.join(listed)}"
+
+
 def _fold(name: str) -> str:
     return name.casefold().replace("-", "_")
 

@@ -32,13 +32,12 @@ from peftkit.backbones.layouts import (
     LAYOUTS,
     ROLES,
     Layout,
-    base_model,
-    block_linears,
-    head_modules,
+    block_modules,
     layout_for,
     propose_layout,
-    target_modules,
 )
+from peftkit.backbones.modules import base_model, head_modules
+from peftkit.backbones.targets import block_linears, target_modules
 from peftkit.errors import BackboneError, MethodError
 
 MODEL_TYPES = tuple(model_type for row in LAYOUTS for model_type in row.model_types)
@@ -173,7 +172,7 @@ def test_a_role_has_one_path_in_each_attention_and_feed_forward(model_type: str)
         decoder = model_type in ENCODER_DECODERS and block.startswith("decoder")
         for role in ("query", "key", "value", "output", "up", "down"):
             held = paths.intersection(layout.roles.get(role, ()))
-            held |= {path for path in paths if role in layout.fused.get(path, ())}
+            held |= {path for path in paths if path in layout.fused and role in layout.fused[path].roles}
             attention = role in ("query", "key", "value", "output")
             assert len(held) == (2 if decoder and attention else 1), (block, role)
 
@@ -181,7 +180,22 @@ def test_a_role_has_one_path_in_each_attention_and_feed_forward(model_type: str)
 def test_rows_are_well_formed() -> None:
     assert len(set(MODEL_TYPES)) == len(MODEL_TYPES)
     for row in LAYOUTS:
-        assert set(row.roles) | {role for held in row.fused.values() for role in held} <= set(ROLES)
+        assert set(row.roles) | {role for held in row.fused.values() for role in held.roles} <= set(ROLES)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_attention_and_sublayers_of_a_row_exist(model_type: str) -> None:
+    layout, model = layout_for(model_type), on_meta(model_type)
+    for block, module in block_modules(model, layout).items():
+        inside = {name for name, _ in module.named_modules()}
+        attending = [path for path in layout.attention if path in inside]
+        decoder = model_type in ENCODER_DECODERS and block.startswith("decoder")
+        assert len(attending) == (2 if decoder else 1)
+        assert len([path for path in layout.attention_result if path in inside]) == (
+            len(attending) if layout.attention_result else 0
+        )
+        for one in (layout.feed_forward_result, layout.feed_forward_norm):
+            assert len([path for path in one if path in inside]) == (1 if one else 0)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +308,6 @@ def test_a_fused_projection_can_be_named() -> None:
 
 
 BERT, GPT2, MODERN = "bert (BertModel)", "gpt2 (GPT2Model)", "modernbert (ModernBertModel)"
-_WHOLE = "or the explicit name `attn.c_attn` adapts the whole projection"
 
 
 @pytest.mark.parametrize(
@@ -320,10 +333,9 @@ _WHOLE = "or the explicit name `attn.c_attn` adapts the whole projection"
         ),
         ("bert", "query+", ["target '' matches no module"]),
         ("bert", [], ["no targets; name at least one of query_value, attention, all, query"]),
-        ("gpt2", "query", [f"in {GPT2} query is fused in `attn.c_attn` with key and value", _WHOLE]),
-        ("gpt2", "query_value", ["target 'query_value'", "`attention`, `all` " + _WHOLE]),
+        ("gpt2", "query+attn.c_attn", ["'h.0.attn.c_attn.query' is a part of 'h.0.attn.c_attn', which is named too"]),
+        ("gpt2", "c_attn.qeury", ["did you mean 'c_attn.query'"]),
         ("gpt2", "gate", [f"{GPT2} has no gate projection"]),
-        ("modernbert", "up", [f"in {MODERN} up is fused in `mlp.Wi` with gate; `all` or the explicit name"]),
         ("t5", "gate", ["t5 (T5Model) has no gate projection"]),
     ],
 )
@@ -364,6 +376,7 @@ def test_unknown_type_with_model_shows_the_row_that_works() -> None:
 def test_a_proposed_row_gives_fused_projections_all_their_roles() -> None:
     row = propose_layout("codegen2", on_meta("modernbert"))
     assert row.fused == layout_for("modernbert").fused
+    assert row.attention == layout_for("modernbert").attention
     assert row.roles == layout_for("modernbert").roles
 
 

@@ -28,6 +28,7 @@ STRANGERS = {("peftkit.methods", "peftkit.tasks"), ("peftkit.tasks", "peftkit.me
 HEAVY = {"torch", "peft", "transformers", "datasets", "evaluate", "accelerate", "bitsandbytes", "matplotlib"}
 # Modules that need a heavy package at the top, each with the reason.
 EARLY = {
+    "peftkit.backbones.fused": "subclasses nn.Module; imported when a role of a fused projection is adapted",
     "peftkit.metrics.classes": "subclasses evaluate.Metric; imported when scores are computed",
     "peftkit.metrics.spans": "subclasses evaluate.Metric; imported when scores are computed",
 }

@@ -28,6 +28,7 @@ from peftkit.errors import ArtifactError, TrainingError
 from peftkit.evaluation import evaluate
 from peftkit.experiment import Result
 from peftkit.experiment import train as train_run
+from peftkit.methods import HeadOnly
 from peftkit.methods.base import trained_parameters
 from peftkit.prepare import Prepared, prepare
 from peftkit.session import start
@@ -145,7 +146,7 @@ def _train_by_hand(
 def test_weight_decay_is_for_matrices_alone(write_config: WriteConfig, tmp_path: Path) -> None:
     run = _run(write_config, tmp_path / "run", method={"kind": "full"})
     _, _, model = _attached(run)
-    decaying, other = parameter_groups(model, 0.1)
+    decaying, other = parameter_groups(model, TrainingSettings(learning_rate=0.1, weight_decay=0.1), HeadOnly())
     assert (decaying["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in decaying["params"]} == {2}
     assert {p.ndim for p in other["params"]} == {1}
@@ -327,7 +328,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_learning_rates_follow_their_formula(name: str, warmup: dict[str, Any]) -> None:
     settings = TrainingSettings(learning_rate=0.3, optimizer="sgd", schedule=name, **warmup)
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), settings)
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), settings, HeadOnly())
     schedule = make_schedule(optimizer, settings, total_steps=40)
     rates = []
     for _ in range(40):
@@ -477,7 +478,7 @@ def test_other_data_do_not_resume(
 def test_a_damaged_checkpoint_is_refused(name: str, damage: str, write_config: WriteConfig, tmp_path: Path) -> None:
     run = _run(write_config, tmp_path / "run")
     _, _, model = _attached(run)
-    optimizer = make_optimizer(model, run.training)
+    optimizer = make_optimizer(model, run.training, run.method)
     states = {"optimizer": optimizer, "schedule": make_schedule(optimizer, run.training, 10)}
     fresh = checkpoint.Progress("0" * 16, "data", 1)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", model, run.method, states)

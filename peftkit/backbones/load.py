@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.backbones.bundled import bundle_named, fetch
 from peftkit.backbones.download import PREFIX
-from peftkit.backbones.layouts import Layout, head_modules, layout_for
+from peftkit.backbones.layouts import Layout, layout_for
+from peftkit.backbones.modules import head_modules
 from peftkit.disk import file_sha256
 from peftkit.errors import BackboneError, UsageError
 from peftkit.quiet import quiet_libraries

@@ -23,6 +23,8 @@ class Method(Section, ABC):
 
     artifact: ClassVar[str]
     """The sub-folder of a run that `save` writes to."""
+    size: ClassVar[str | None] = None
+    """The hyperparameter that sets how many parameters are added, such as `rank`."""
     kind: str
 
     @abstractmethod
@@ -30,7 +32,7 @@ class Method(Section, ABC):
         """The model to train: only what the method names, and the head, has `requires_grad`.
 
         Raises:
-            MethodError: a target matches nothing, or the method does not fit the architecture.
+            MethodError: a target matches nothing, or the method does not fit the architecture or the steps.
         """
 
     @abstractmethod
@@ -61,12 +63,51 @@ class Method(Section, ABC):
         """Parameters of the backbone itself that the method trains."""
         return 0
 
+    def virtual_tokens(self) -> int:
+        """Positions in front of every input that the method takes for itself."""
+        return 0
+
     def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
         """Why this method cannot run so; empty when it can."""
         return []
 
+    def check_steps(self, total_steps: int) -> None:
+        """Refuse a training that is too short for the method's schedule.
+
+        Raises:
+            MethodError: says how many steps there are and how many it takes.
+        """
+        return
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """What the learning rate is multiplied by for the parameter of this name."""
+        return 1.0
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A scalar that is added to the training loss, and to no other."""
+        return None
+
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Called after each optimizer step, before gradients are cleared."""
+        """Called after each optimizer step (the first is 1), before gradients are cleared."""
+        return
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        """What the log shows of the method at every step."""
+        return {}
+
+    def is_settled(self, model: nn.Module) -> bool:
+        """Whether the weights have the form that will be saved; before that none are kept as the best."""
+        return True
+
+    def finish(self, model: nn.Module, folder: Path | None) -> None:
+        """Called when training has ended: check that the method did what it is for, and draw it into `folder`.
+
+        Args:
+            folder: the run folder; None in all processes but the first.
+
+        Raises:
+            MethodError: it did not.
+        """
         return
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

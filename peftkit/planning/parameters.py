@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from peftkit.backbones.layouts import head_modules, layout_for
+from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import BackboneSettings, Head, meta_model, read_config, resolve_config
+from peftkit.backbones.modules import head_modules
 from peftkit.config_file import parse_document
 from peftkit.errors import ConfigError, MethodError, UsageError
-from peftkit.methods import AnyMethod
+from peftkit.methods import METHODS, AnyMethod
 from peftkit.methods.base import Method, module_parameters
 from peftkit.schema import did_you_mean
 
@@ -145,6 +146,5 @@ def _reason(error: ValidationError, kind: str) -> str:
         choices = re.findall(r"'([^']*)'", str((first.get("ctx") or {}).get("expected", "")))
         return f"{name}: no '{first['input']}'{did_you_mean(str(first['input']), choices)}"
     if first["type"] == "extra_forbidden":
-        method = next(member for member in Method.__subclasses__() if member.model_fields["kind"].default == kind)
-        return f"'{kind}' has no '{name}'{did_you_mean(name, set(method.model_fields) - {'kind'})}"
+        return f"'{kind}' has no '{name}'{did_you_mean(name, set(METHODS[kind].model_fields) - {'kind'})}"
     return f"{name}: {first['msg'].removeprefix('Value error, ')}"

@@ -80,7 +80,7 @@ class _Loop:
         self.every = settings.steps_per_epoch(examples) if whole else int(settings.evaluate_every)
         if settings.gradient_checkpointing:
             _checkpoint_activations(model)
-        optimizer = make_optimizer(model, settings)
+        optimizer = make_optimizer(model, settings, run.method)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # stepped by hand: a prepared schedule would advance once for every process
         self.schedule = make_schedule(optimizer, settings, self.total_steps)
@@ -131,6 +131,7 @@ class _Loop:
         self.progress.losses.append(loss)
         self.meter.step(sum(self.lengths[index] for index in batch), loss)
         figures = {"epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        figures |= self.run.method.figures(self.model)
         speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1)}
         self.log.write(self.progress.step, figures | speed)
 
@@ -145,8 +146,10 @@ class _Loop:
             quiet = contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.wrapped)
             with quiet:
                 loss = self._micro_loss(part)
+                penalty = self.run.method.penalty(self.model)
+                shared = 0.0 if penalty is None else penalty / len(parts)
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
-                accelerator.backward(loss * (processes / weight))
+                accelerator.backward(loss * (processes / weight) + shared)
             total += loss.detach()
         mean = float(accelerator.reduce(total, "sum")) / weight
         self._refuse_infinite("loss", mean)
@@ -201,8 +204,9 @@ class _Loop:
         figures = {f"dev_{name}": value for name, value in scores.values.items()}
         self.log.write(progress.step, figures)
         progress.evaluations.append({"step": progress.step} | figures)
-        better = progress.best_value is None or scores.value > progress.best_value
-        progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
+        settled = self.run.method.is_settled(self.model)
+        better = settled and (progress.best_value is None or scores.value > progress.best_value)
+        progress.evaluations_without_gain = 0 if better or not settled else progress.evaluations_without_gain + 1
         if better:
             progress.best_value, progress.best_step = scores.value, progress.step
             if self.run.training.keep_best and self.accelerator.is_main_process:
@@ -231,6 +235,7 @@ class _Loop:
     def _finish(self) -> TrainRecord:
         progress, accelerator, keep_best = self.progress, self.accelerator, self.run.training.keep_best
         accelerator.wait_for_everyone()
+        self.run.method.finish(self.model, self.folder if accelerator.is_main_process else None)
         if keep_best and progress.best_step != progress.step:
             self.checkpoints.load_best(progress.best_step)
             self.meter.say(f"kept the weights of step {progress.best_step:,}, the best on dev")

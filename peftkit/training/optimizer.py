@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.config import TrainingSettings
 from peftkit.errors import UsageError
-from peftkit.methods.base import trained_parameters
+from peftkit.methods.base import Method, trained_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,9 +24,9 @@ def check_optimizer(name: str, device_type: str) -> None:
         raise UsageError("training.optimizer: adamw_8bit needs a GPU that bitsandbytes supports; use adamw here")
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizer:
+def make_optimizer(model: nn.Module, settings: TrainingSettings, method: Method) -> Optimizer:
     """The optimizer over what trains. Biases and normalisation weights (everything with one dimension) do not decay."""
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings, method)
     rate: Any = {"lr": settings.learning_rate}
     if settings.optimizer == "adamw":
         from torch.optim import AdamW
@@ -62,11 +62,16 @@ def make_schedule(optimizer: Optimizer, settings: TrainingSettings, total_steps:
     return schedule
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and vectors, which do not."""
-    parameters = trained_parameters(model).values()
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+def parameter_groups(model: nn.Module, settings: TrainingSettings, method: Method) -> list[dict[str, Any]]:
+    """A group for each learning rate that the method asks for, apart for matrices, which decay, and vectors."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained_parameters(model).items():
+        groups.setdefault((method.learning_rate_factor(name), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": settings.learning_rate * factor,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (factor, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
-    return [group for group in groups if group["params"]]

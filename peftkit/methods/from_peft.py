@@ -1,0 +1,144 @@
+"""What all methods that peft implements share: attaching, saving in peft's own format, loading, merging."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftkit.backbones.modules import head_modules
+from peftkit.backbones.targets import Target, find_targets
+from peftkit.disk import follow_umask
+from peftkit.errors import ArtifactError, MethodError
+from peftkit.methods.base import Method, check_trained, module_parameters, train_in_float32
+from peftkit.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+
+    from peftkit.backbones.layouts import Layout
+    from peftkit.backbones.load import Backbone
+
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+}
+ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class FromPeft(Method):
+    """A translation into a peft configuration; peft does the rest."""
+
+    artifact: ClassVar[str] = "adapter"
+
+    @abstractmethod
+    def peft_config(self, backbone: Backbone, targets: list[Target], total_steps: int) -> PeftConfig:
+        """The same method in peft's words; targets, and heads that must be trained and saved, included."""
+
+    def targets_in(self, model: nn.Module, layout: Layout) -> list[Target]:
+        """The projections that are adapted, by full name; none for methods that adapt the input."""
+        targets = getattr(self, "targets", None)
+        if targets is None:
+            return []
+        found = find_targets(model, layout, targets)
+        _refuse_trained_whole(found, head_modules(model))
+        return found
+
+    def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
+        with quiet_libraries():
+            from peft import get_peft_model
+
+        model: Any = backbone.model
+        expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
+        config = self.peft_config(backbone, self._split(backbone), total_steps)
+        train_in_float32(model, backbone.head_modules)
+        with quiet_libraries():
+            adapted: nn.Module = get_peft_model(model, config)
+        check_trained(adapted, expected, self)
+        return adapted
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        config, state = self.saved_form(model)
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config.inference_mode = True
+        # peft keeps targets in a set, whose order varies by process, and adds heads that it has been told already
+        for name in ("target_modules", "feedforward_modules", "modules_to_save"):
+            if isinstance(held := getattr(config, name, None), (set, list)):
+                setattr(config, name, sorted(set(held)) or None)
+        config.save_pretrained(str(folder))
+        follow_umask(folder)
+
+    def load(self, backbone: Backbone, folder: Path) -> nn.Module:
+        from safetensors import safe_open
+
+        with quiet_libraries():
+            from peft import PeftModel
+
+        self._split(backbone)
+        train_in_float32(backbone.model, backbone.head_modules)
+        base: Any = backbone.model
+        with quiet_libraries():
+            model = PeftModel.from_pretrained(base, folder)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            differing = sorted(set(file.keys()) ^ set(adapter_state(model)))
+        if differing:
+            raise ArtifactError(f"{folder} does not fit its configuration: it differs in {', '.join(differing[:3])}")
+        return model.requires_grad_(False)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        from peftkit.backbones.fused import fuse
+
+        return fuse(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
+
+    def saved_form(self, model: nn.Module) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """What `save` writes: configuration and tensors."""
+        peft_model: Any = model
+        return copy.copy(peft_model.peft_config[ADAPTER]), adapter_state(model)
+
+    def _split(self, backbone: Backbone) -> list[Target]:
+        """The targets; fused projections that are adapted in part are split."""
+        targets = self.targets_in(backbone.model, backbone.layout)
+        if any(target.fused_in for target in targets):
+            from peftkit.backbones.fused import split_fused
+
+            split_fused(backbone.model, backbone.layout, targets)
+        return targets
+
+
+def task_type(model: nn.Module) -> str | None:
+    """peft's name of the model's task, which decides how its adapter is loaded."""
+    name = type(model).__name__
+    return next((task for suffix, task in TASK_TYPES.items() if name.endswith(suffix)), None)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """peft's view of what belongs to the adapter, by the names that its files have."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def are_transposed(model: nn.Module, names: list[str]) -> bool:
+    """Whether the weights are (in, out), as GPT-2's are; said outright, or peft warns that it found out."""
+    from transformers.pytorch_utils import Conv1D
+
+    return all(isinstance(model.get_submodule(name), Conv1D) for name in names)
+
+
+def _refuse_trained_whole(targets: list[Target], heads: tuple[str, ...]) -> None:
+    """Refuse updates of what is trained and saved as a whole anyway."""
+    for target in targets:
+        if any(f"{target.name}.".startswith(f"{head}.") for head in heads):
+            raise MethodError(
+                f"target '{target.name}' is in the head, which trains as a whole; leave it out of the targets"
+            )
