@@ -21,6 +21,8 @@ from peftkit.environment import describe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SHARED = {"partial": ("bitfit", "layernorm", "top_layers"), "from_peft": ("ia3", "prompt", "p_tuning", "peft", "vera")}
+RECIPE = {kind: recipe for recipe, kinds in SHARED.items() for kind in kinds}
 
 
 def main() -> None:
@@ -43,7 +45,8 @@ def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     folder = runs / f"{name}-seed{seed}"
     if not (folder / "manifest.json").is_file():
-        recipe = f"{load_run(config).method.kind}.py"
+        kind = load_run(config).method.kind
+        recipe = f"{RECIPE.get(kind, kind)}.py"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         # the launcher's own choice is one thread
         launch += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))]
