@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftkit.api import attach, trainable_parameters
+    from peftkit.api import attach, split_fused, trainable_parameters
     from peftkit.artifacts.merge import merge
     from peftkit.artifacts.predict import predict_rows
     from peftkit.artifacts.store import load_run
@@ -41,6 +41,7 @@ _HOMES = {
     "merge": ("peftkit.artifacts.merge", "merge"),
     "predict_rows": ("peftkit.artifacts.predict", "predict_rows"),
     "read_run": ("peftkit.config", "read_run"),
+    "split_fused": ("peftkit.api", "split_fused"),
     "splits_from": ("peftkit.data.sources", "splits_from"),
     "train": ("peftkit.experiment", "train"),
     "trainable_parameters": ("peftkit.api", "trainable_parameters"),
@@ -63,6 +64,7 @@ __all__ = [
     "merge",
     "predict_rows",
     "read_run",
+    "split_fused",
     "splits_from",
     "train",
     "trainable_parameters",

@@ -28,6 +28,24 @@ def attach(model: nn.Module, method: Method, total_steps: int = 1) -> nn.Module:
     return method.attach(wrap(model), total_steps)
 
 
+def split_fused(model: nn.Module, targets: str) -> nn.Module:
+    """Make the fused projections that `targets` names in part separate linear layers, in place.
+
+    An adapter on a part, such as the query inside GPT-2's `c_attn`, names modules that only such a model has: call
+    this with the same targets before plain `PeftModel.from_pretrained`.
+
+    Raises:
+        BackboneError: an architecture without a layout.
+        MethodError: a target that matches nothing, or a projection that is not plain.
+    """
+    from peftkit.backbones.fused import split_fused as split
+    from peftkit.backbones.targets import find_targets
+
+    layout = wrap(model).layout
+    split(model, layout, find_targets(model, layout, targets))
+    return model
+
+
 def trainable_parameters(model: nn.Module) -> int:
     """How many parameters of `model` train, exactly."""
     return sum(parameter.numel() for parameter in trained_parameters(model).values())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+import peftkit
 from peftkit.api import attach
 from peftkit.backbones.fused import SplitProjection, fuse, split_fused
 from peftkit.backbones.layouts import layout_for
@@ -117,6 +120,17 @@ def test_lora_on_a_part_is_lora_on_the_rows_of_the_fused_matrix() -> None:
     merged = LoRA(rank=4, targets="query+value").merge(adapted)
     assert merged.state_dict().keys() == whole.state_dict().keys()
     assert torch.allclose(outputs(merged), expected, atol=1e-4)
+
+
+def test_plain_peft_loads_an_adapter_of_parts_into_a_split_model(tmp_path: Path) -> None:
+    method = LoRA(rank=4, targets="query+value")
+    adapted: Any = attach(tiny("gpt2"), method)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.2)
+    method.save(adapted, tmp_path)
+    loaded = PeftModel.from_pretrained(peftkit.split_fused(tiny("gpt2"), "query+value"), tmp_path)
+    assert torch.equal(outputs(loaded.eval()), outputs(adapted.eval()))
 
 
 def test_a_projection_that_is_not_plain_is_refused() -> None:
