@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import Head, load_tokenizer, longest_input, meta_model, read_config, resolve_config
+from peftkit.backbones.modules import architecture
 from peftkit.config import Run
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
@@ -112,6 +113,10 @@ def _check_method(run: Run, head: Head) -> None:
     """Refuse what the method cannot do to this architecture, before weights load: its shapes are enough."""
     model = meta_model(read_config(resolve_config(run.backbone)), head)
     config: Any = model.config
+    if run.training.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise UsageError(
+            f"training.gradient_checkpointing: transformers has none for {architecture(model)}; leave it out"
+        )
     try:
         run.method.added_parameters(model, layout_for(config.model_type))
     except MethodError as error:

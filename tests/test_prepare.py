@@ -23,7 +23,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method.rank=33", "rank 33 exceeds 'bert.encoder.layer.0.attention.self.query', which is 32 × 32; lower method.rank"),
+        ("method.rank=33", "attention.self.query', which is 32 × 32; lower method.rank"),
         ("method.targets=query+valeu", "target 'valeu' matches no module of bert"),
         ("method.targets=classifier", "target 'classifier' is in the head, which trains as a whole"),
         ("task.max_length=65", "task.max_length is 65, but"),
@@ -46,3 +46,20 @@ def test_virtual_tokens_count_against_the_backbones_limit(
     monkeypatch.setattr(LoRA, "virtual_tokens", lambda self: 40)
     assert main(["train", str(write_config())]) == 2
     assert "takes at most 64 tokens, of which method 'lora' takes 40" in capsys.readouterr().err
+
+
+def test_checkpointing_that_the_architecture_lacks(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_bert: Path
+) -> None:
+    import shutil
+
+    from transformers import AlbertConfig
+
+    folder = tmp_path / "albert"
+    shutil.copytree(tiny_bert, folder)
+    AlbertConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64
+    ).save_pretrained(folder)
+    config = write_config(backbone={"name": str(folder)})
+    assert main(["train", str(config), "training.gradient_checkpointing=true"]) == 2
+    assert "gradient_checkpointing: transformers has none for albert" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
@@ -39,19 +39,18 @@ class Full(Method):
         follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
-        from safetensors.torch import load_model
-
-        from peftkit.backbones.load import weight_files
-
-        missing: set[str] = set(backbone.model.state_dict())
-        for file in weight_files(folder):
-            absent, unexpected = load_model(backbone.model, file, strict=False)
-            if unexpected:
-                raise ArtifactError(f"{file} has weights this model lacks: {', '.join(sorted(unexpected)[:3])}")
-            missing &= set(absent)
-        if missing:
+        # by transformers, which writes some architectures' weights under other names than the model has
+        base: Any = backbone.model
+        how = {"config": base.config, "dtype": base.dtype, "use_safetensors": True, "local_files_only": True}
+        with quiet_libraries():
+            model, info = type(base).from_pretrained(folder, output_loading_info=True, **how)
+        if unexpected := info["unexpected_keys"]:
+            raise ArtifactError(f"{folder} has weights this model lacks: {', '.join(sorted(unexpected)[:3])}")
+        if missing := info["missing_keys"]:
             raise ArtifactError(f"{folder} lacks weights: {', '.join(sorted(missing)[:3])}")
-        return backbone.model.requires_grad_(False)
+        backbone.model = model
+        loaded: nn.Module = model.requires_grad_(False)
+        return loaded
 
     def merge(self, model: nn.Module) -> nn.Module:
         return model
