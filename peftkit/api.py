@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.load import wrap
 from peftkit.errors import MethodError
-from peftkit.methods.base import Method, trained_parameters
+from peftkit.methods.base import Method, numel, trained_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,9 +23,14 @@ def attach(model: nn.Module, method: Method, total_steps: int = 1) -> nn.Module:
         BackboneError: an architecture without a layout.
         MethodError: a target that matches nothing, or a model that has an adapter already.
     """
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or hasattr(model, "adapted_by"):
         raise MethodError("this model has an adapter already; attach to a model as transformers loads it")
-    return method.attach(wrap(model), total_steps)
+    before = len(list(model.parameters()))
+    attached: Any = method.attach(wrap(model), total_steps)
+    if len(list(attached.parameters())) > before:
+        attached.adapted_by = method.kind  # methods that add nothing, such as the head alone, may be followed by others
+    adapted: nn.Module = attached
+    return adapted
 
 
 def split_fused(model: nn.Module, targets: str) -> nn.Module:
@@ -48,4 +53,4 @@ def split_fused(model: nn.Module, targets: str) -> nn.Module:
 
 def trainable_parameters(model: nn.Module) -> int:
     """How many parameters of `model` train, exactly."""
-    return sum(parameter.numel() for parameter in trained_parameters(model).values())
+    return sum(map(numel, trained_parameters(model).values()))

@@ -17,7 +17,7 @@ from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
 from peftkit.console import Parser
 from peftkit.errors import ConfigError, UsageError
-from peftkit.methods import AnyMethod
+from peftkit.methods import METHODS, AnyMethod
 from peftkit.methods.base import Method
 from peftkit.schema import Section
 from peftkit.tasks import AnyTask
@@ -141,7 +141,7 @@ def read_run(expect: type[Method] | None = None, arguments: Sequence[str] | None
     options = parser.parse_intermixed_args(arguments)
     run = load_run(options.config, options.overrides)
     if expect is not None and not isinstance(run.method, expect):
-        wanted = expect.model_fields["kind"].default
+        wanted = "' or '".join(kind for kind, method in METHODS.items() if issubclass(method, expect))
         raise UsageError(f"{options.config}: this recipe trains '{wanted}', not '{run.method.kind}'")
     return run
 

@@ -32,9 +32,15 @@ from peftkit.methods.base import Method, trained_parameters
 
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 MODELS = [("tiny_bert", SEQUENCE), ("tiny_bert", TOKEN), ("tiny_llama", SEQUENCE)]
-EXACT = ("default", "gaussian")  # B = 0, so the update is exactly nothing
+EXACT = ("default", "gaussian", "mica")  # B or A is zero, so the update is exactly nothing
 ROUNDED = ("orthogonal", "pissa", "pissa_niter_4", "olora")
-VARIANTS = ("plain", "rslora", "dora")
+VARIANTS = ("plain", "rslora", "dora", "rslora_dora")
+COMBINATIONS = [
+    (variant, initialization)
+    for variant in VARIANTS
+    for initialization in EXACT + ROUNDED
+    if not (initialization == "mica" and "dora" in variant)
+]
 IDS = torch.tensor([[2, 10, 11, 12, 13, 3], [4, 20, 21, 22, 23, 24]])
 
 
@@ -88,8 +94,7 @@ def block_matrices(folder: Path) -> list[tuple[int, int]]:
 
 
 class TestStart:
-    @pytest.mark.parametrize("variant", VARIANTS)
-    @pytest.mark.parametrize("initialization", EXACT + ROUNDED)
+    @pytest.mark.parametrize(("variant", "initialization"), COMBINATIONS)
     def test_adapted_model_is_the_untouched_one(
         self, place: tuple[Path, str], initialization: str, variant: Any
     ) -> None:
@@ -115,7 +120,7 @@ class TestWhatTrains:
         claimed = method.added_parameters(backbone.model, backbone.layout)
         head = sum(p.numel() for n, p in backbone.model.named_parameters() if n.startswith(("classifier", "score")))
         per_matrix = [
-            rank * (rows + columns) + rows * (variant == "dora") for rows, columns in block_matrices(place[0])
+            rank * (rows + columns) + rows * ("dora" in variant) for rows, columns in block_matrices(place[0])
         ]
         trained = trained_parameters(method.attach(backbone, 10))
         assert claimed == sum(per_matrix)
@@ -133,8 +138,8 @@ class TestWhatTrains:
     @pytest.mark.parametrize(
         "method",
         [
-            *(LoRA(rank=4, variant=variant) for variant in ("plain", "rslora", "dora")),
-            *(LoRA(rank=4, initialization=one, targets="query_value") for one in ("gaussian", *ROUNDED)),
+            *(LoRA(rank=4, variant=variant) for variant in ("plain", "rslora", "dora", "rslora_dora")),
+            *(LoRA(rank=4, initialization=one, targets="query_value") for one in ("gaussian", "mica", *ROUNDED)),
             LoRA(rank=4, dropout=0.2, targets="attention"),
             HeadOnly(),
             Full(),
@@ -170,7 +175,7 @@ class TestWhatTrains:
             assert close(logits(merged).float(), logits(loaded).float(), 0.1)
 
     def test_full_fine_tuning_of_half_precision_weights_is_refused(self, tiny_bert: Path) -> None:
-        with pytest.raises(MethodError, match=r"bfloat16 loses every step .* backbone\.dtype: float32"):
+        with pytest.raises(MethodError, match=r"bfloat16 it loses every step .* backbone\.dtype: float32"):
             Full().attach(on(tiny_bert, dtype="bfloat16"), 10)
 
 
@@ -184,10 +189,10 @@ class TestFormula:
         layer = model.base_model.model.bert.encoder.layer[1].attention.self.query
         a, b = (m.default.weight.double() for m in (layer.lora_A, layer.lora_B))
         weight, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
-        update = 6 / (4**0.5 if variant == "rslora" else 4) * b @ a
+        update = 6 / (4**0.5 if variant.startswith("rslora") else 4) * b @ a
         x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
         adapted = weight + update
-        if variant == "dora":  # Liu et al. 2024, equation 5
+        if "dora" in variant:  # Liu et al. 2024, equation 5
             length = layer.lora_magnitude_vector.default.weight.double()
             adapted = length[:, None] * adapted / adapted.norm(dim=1, keepdim=True)
         expected = x.double() @ adapted.T + bias
@@ -211,10 +216,100 @@ class TestFormula:
         )
 
 
+class TestMiCA:
+    def test_only_a_trains_and_b_holds_the_last_left_singular_vectors(self, tiny_bert: Path) -> None:
+        backbone = on(tiny_bert)
+        method = LoRA(rank=4, initialization="mica", targets="all")
+        matrices = block_matrices(tiny_bert)
+        assert method.added_parameters(backbone.model, backbone.layout) == sum(4 * columns for _, columns in matrices)
+        stored = sum(4 * (rows + columns) for rows, columns in matrices)
+        assert method.stored_parameters(backbone.model, backbone.layout) == stored
+        model: Any = train(method.attach(backbone, 10))
+        trained = [name for name in trained_parameters(model) if ".modules_to_save." not in name]
+        assert trained
+        assert all(".lora_A." in name for name in trained)
+        layer = model.base_model.model.bert.encoder.layer[0].output.dense
+        left, _, _ = torch.linalg.svd(layer.base_layer.weight.double(), full_matrices=False)
+        assert torch.allclose(
+            (left[:, -4:].T @ layer.lora_B.default.weight.double()).abs(), torch.eye(4).double(), atol=1e-5
+        )
+
+    def test_a_resumed_run_gets_the_matrices_of_the_one_that_began(self, tiny_bert: Path) -> None:
+        method = LoRA(rank=2, initialization="mica", targets="query")
+        begun, resumed = (method.attach(on(tiny_bert), 10) for _ in range(2))
+        for name, parameter in begun.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.neg_()  # singular vectors are known up to their sign
+        method.load_state(resumed, method.state(begun))
+        theirs = dict(begun.named_parameters())
+        assert all(torch.equal(p, theirs[name]) for name, p in resumed.named_parameters() if ".lora_B." in name)
+
+
+class TestEmbeddings:
+    @pytest.mark.parametrize(
+        "method", [LoRA(rank=4), LoRA(rank=4, variant="dora"), LoRA(rank=4, initialization="mica")], ids=str
+    )
+    def test_word_embeddings(self, tiny_bert: Path, tmp_path: Path, method: LoRA) -> None:
+        method = method.model_copy(update={"targets": "query+word_embeddings"})
+        model = train(method.attach(on(tiny_bert), 10))
+        method.save(model, tmp_path)
+        torch.manual_seed(9)
+        assert torch.equal(logits(method.load(on(tiny_bert), tmp_path)), logits(model))
+
+
+class TestLoRAPlus:
+    def rates(self, groups: list[dict[str, Any]], model: nn.Module) -> dict[str, float]:
+        found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        return {name: found[id(parameter)] for name, parameter in trained_parameters(model).items()}
+
+    @pytest.mark.parametrize("variant", ["plain", "rslora"])
+    def test_rates_are_those_of_peft(self, tiny_llama: Path, variant: Any) -> None:
+        from peft.optimizers import create_loraplus_optimizer
+        from transformers import LlamaForCausalLM
+
+        from peftkit.config import TrainingSettings
+        from peftkit.training.optimizer import make_optimizer
+
+        method = LoRA(rank=2, variant=variant, b_learning_rate_factor=16.0)
+        model: Any = peftkit.api.attach(LlamaForCausalLM.from_pretrained(tiny_llama), method)
+        theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=16.0)
+        ours = make_optimizer(model, TrainingSettings(learning_rate=2e-3, epochs=1), method)
+        expected = self.rates(theirs.param_groups, model)
+        assert self.rates(ours.param_groups, model) == pytest.approx(expected)
+        assert set(expected.values()) == {2e-3, 16 * 2e-3}
+
+    def test_the_head_and_the_lengths_learn_at_the_common_rate(self, tiny_bert: Path) -> None:
+        from peftkit.config import TrainingSettings
+        from peftkit.training.optimizer import make_optimizer
+
+        method = LoRA(rank=2, variant="dora", b_learning_rate_factor=16.0)
+        model = method.attach(on(tiny_bert), 10)
+        optimizer = make_optimizer(model, TrainingSettings(learning_rate=1e-3, epochs=1), method)
+        rates = self.rates(optimizer.param_groups, model)
+        assert {name for name, rate in rates.items() if rate != 1e-3} == {n for n in rates if ".lora_B." in n}
+        assert {rates[name] for name in rates if ".lora_B." in name} == {16e-3}
+        assert LoRA().learning_rate_factor("x.lora_B.default.weight") == 1
+
+    def test_the_first_step_moves_b_by_its_rate(self, tiny_bert: Path) -> None:
+        """Adam's first step is the learning rate, in the direction of the gradient's sign."""
+        from peftkit.config import TrainingSettings
+        from peftkit.training.optimizer import make_optimizer
+
+        method = LoRA(rank=2, b_learning_rate_factor=16.0, targets="query")
+        model = method.attach(on(tiny_bert), 10)
+        optimizer = make_optimizer(model, TrainingSettings(learning_rate=1e-3, epochs=1, weight_decay=0.0), method)
+        loss_of(model.train()).backward()
+        optimizer.step()
+        moved = {name: p.detach().abs().max() for name, p in model.named_parameters() if ".lora_B." in name}
+        assert moved
+        assert all(float(one) == pytest.approx(16e-3, rel=1e-2) for one in moved.values())
+
+
 CELLS = [
     ("plain", "default"),
     ("rslora", "default"),
     ("dora", "default"),
+    ("rslora_dora", "default"),
     ("plain", "orthogonal"),
     ("plain", "pissa"),
     ("plain", "pissa_niter_4"),
@@ -223,6 +318,9 @@ CELLS = [
     ("dora", "pissa"),
     ("rslora", "olora"),
     ("dora", "olora"),
+    ("rslora_dora", "pissa"),
+    ("plain", "mica"),
+    ("rslora", "mica"),
 ]
 FRESH = """
 import json, sys, torch, transformers, warnings
@@ -311,7 +409,7 @@ class TestSaved:
         cell = saved[base, model_class, variant, initialization]
         tensors = load_file(cell.folder / "adapter_model.safetensors")
         rank = 8 if initialization.startswith(("pissa", "olora")) else 4
-        added = sum(rank * (r + c) + r * (variant == "dora") for r, c in block_matrices(cell.base))
+        added = sum(rank * (r + c) + r * ("dora" in variant) for r, c in block_matrices(cell.base))
         found = {name: t.numel() for name, t in tensors.items()}
         assert sum(n for name, n in found.items() if "lora_" in name) == added
         backbone = on(cell.base, model_class)
@@ -390,6 +488,10 @@ class TestBadInput:
             ({"targets": "all+classifier"}, r"target 'classifier' is in the head"),
             ({"targets": ()}, r"no targets"),
             ({"targets": "LayerNorm"}, r"target 'LayerNorm' matches no module"),
+            (
+                {"targets": "query+word_embeddings", "initialization": "pissa"},
+                r"initialization 'pissa' is for linear layers, and 'bert\.embeddings\.word_embeddings' is an embedding",
+            ),
         ],
     )
     def test_lora_on_a_model(self, tiny_bert: Path, settings: dict[str, Any], message: str) -> None:
@@ -401,6 +503,19 @@ class TestBadInput:
         [
             ({"rank": 3, "initialization": "orthogonal"}, "orthogonal initialization needs an even rank, not 3"),
             ({"initialization": "pisa"}, "'pisa' is not an initialization; it can be: default"),
+            (
+                {"initialization": "eva"},
+                "'eva' is computed from batches of data, which a method does not see; use one of",
+            ),
+            ({"initialization": "corda"}, "'corda' is computed from batches of data"),
+            ({"initialization": "lora_ga"}, "'lora_ga' is computed from batches of data"),
+            ({"initialization": "loftq"}, "'loftq' quantises the backbone itself"),
+            (
+                {"initialization": "mica", "variant": "dora"},
+                "mica keeps B fixed, which peft does not combine with DoRA",
+            ),
+            ({"initialization": "mica", "b_learning_rate_factor": 16}, "with initialization mica, B does not train"),
+            ({"b_learning_rate_factor": 0}, "greater than 0"),
             ({"initialization": "pissa_niter_x"}, "'pissa_niter_x' is not an initialization"),
             ({"rank": 0}, "greater than 0"),
             ({"alpha": float("nan")}, "finite"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,6 +60,11 @@ class Method(Section, ABC):
         """What `save` writes for the added parameters; more of them than train where the base was rewritten."""
         return self.added_parameters(model, layout)
 
+    def stored_bounds(self, model: nn.Module, layout: Layout) -> tuple[int, int]:
+        """The least and the most that `save` writes for the added parameters; they differ where training decides."""
+        stored = self.stored_parameters(model, layout)
+        return stored, stored
+
     def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
         """Parameters of the backbone itself that the method trains."""
         return 0
@@ -89,6 +95,10 @@ class Method(Section, ABC):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after each optimizer step (the first is 1), before gradients are cleared."""
+        return
+
+    def skipped_step(self, model: nn.Module, step: int) -> None:
+        """Called instead of `after_step` when the optimizer left a step out, as it does in fp16 after an overflow."""
         return
 
     def figures(self, model: nn.Module) -> dict[str, float]:
@@ -150,7 +160,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def check_trained(model: nn.Module, expected: int, method: Method) -> None:
     """Refuse a model whose trained parameters are not exactly those that were asked for."""
-    found = sum(p.numel() for p in trained_parameters(model).values())
+    found = sum(map(numel, trained_parameters(model).values()))
     if found != expected:
         raise MethodError(
             f"method '{method.kind}' should train {expected:,} parameters but {found:,} have gradients; "
@@ -180,4 +190,20 @@ def _inputs_in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[An
 
 def module_parameters(model: nn.Module, names: Iterable[str]) -> int:
     """Parameters inside the named modules."""
-    return sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
+    return sum(numel(p) for name in names for p in model.get_submodule(name).parameters())
+
+
+def numel(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for; bitsandbytes packs two or more of them into one element."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
+
+
+def lost_to_rounding(kind: str, dtype: str) -> str:
+    """Why weights of the backbone held in `dtype` cannot train; empty when they can."""
+    if dtype == "float32":
+        return ""
+    return (
+        f"method '{kind}' trains weights of the backbone itself; in {dtype} it loses every step that is smaller "
+        "than their rounding; set backbone.dtype: float32 (and training.precision: bf16 for speed)"
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, module_parameters
+from peftkit.methods.base import Method, lost_to_rounding, module_parameters, numel
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ class Full(Method):
 
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
         for parameter in backbone.model.parameters():
-            if conflict := _rounding(str(parameter.dtype).removeprefix("torch.")):
+            if conflict := lost_to_rounding(self.kind, str(parameter.dtype).removeprefix("torch.")):
                 raise MethodError(conflict)
         return backbone.model.requires_grad_(True)
 
     def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
-        return [conflict] if (conflict := _rounding(dtype)) else []
+        return [conflict] if (conflict := lost_to_rounding(self.kind, dtype)) else []
 
     def save(self, model: nn.Module, folder: Path) -> None:
         with quiet_libraries():
@@ -43,7 +43,11 @@ class Full(Method):
         base: Any = backbone.model
         how = {"config": base.config, "dtype": base.dtype, "use_safetensors": True, "local_files_only": True}
         with quiet_libraries():
-            model, info = type(base).from_pretrained(folder, output_loading_info=True, **how)
+            model, info = type(base).from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **how
+            )
+        for name, saved, own in sorted(info["mismatched_keys"])[:1]:
+            raise ArtifactError(f"{folder}: '{name}' has shape {tuple(saved)}, where this model's has {tuple(own)}")
         if unexpected := info["unexpected_keys"]:
             raise ArtifactError(f"{folder} has weights this model lacks: {', '.join(sorted(unexpected)[:3])}")
         if missing := info["missing_keys"]:
@@ -59,14 +63,5 @@ class Full(Method):
         return 0
 
     def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
-        return sum(p.numel() for p in model.parameters()) - module_parameters(model, heads)
+        return sum(map(numel, model.parameters())) - module_parameters(model, heads)
 
-
-def _rounding(dtype: str) -> str:
-    """Why weights of this dtype cannot be fine-tuned; empty when they can."""
-    if dtype == "float32":
-        return ""
-    return (
-        f"full fine-tuning of weights held in {dtype} loses every step that is smaller than their rounding; "
-        "set backbone.dtype: float32 (and training.precision: bf16 for speed)"
-    )

@@ -134,13 +134,15 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def bytes_needed(model: nn.Module, keep_best: bool) -> int:
-    """The most that checkpoints of `model` take: weights and two moments, old and new, and twice the best weights.
+def bytes_needed(model: nn.Module, method: Method, keep_best: bool) -> int:
+    """The most that checkpoints of `model` take: weights, two moments and the method's state, old and new, and twice
+    the best weights.
 
     The artifact is written when one of each is gone.
     """
-    weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
-    return weights * (2 * 3 + 2 * keep_best)
+    weights = sum(p.nbytes for p in trained_parameters(model).values())
+    state = sum(tensor.nbytes for tensor in method.state(model).values())
+    return weights * (2 * 3 + 2 * keep_best) + 2 * state
 
 
 def load_trained(model: nn.Module, file: Path) -> None:

@@ -13,7 +13,7 @@ from peftkit.data.collate import IGNORED, collate
 from peftkit.disk import require_space
 from peftkit.errors import TrainingError
 from peftkit.evaluation import evaluate
-from peftkit.methods.base import trained_parameters
+from peftkit.methods.base import numel, trained_parameters
 from peftkit.prepare import Prepared
 from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
@@ -59,7 +59,7 @@ def train(
         TrainingError: a loss that is not a number, or a batch without supervision.
         ArtifactError: too little room on the disk, or a checkpoint that is damaged or not of this run.
     """
-    require_space(run_folder(run), checkpoint.bytes_needed(model, run.training.keep_best))
+    require_space(run_folder(run), checkpoint.bytes_needed(model, run.method, run.training.keep_best))
     loop = _Loop(model, run, data, accelerator, metrics)
     claim(run, accelerator)
     loop.resume()
@@ -84,6 +84,7 @@ class _Loop:
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # stepped by hand: a prepared schedule would advance once for every process
         self.schedule = make_schedule(optimizer, settings, self.total_steps)
+        self.penalties: dict[str, float] = {}
         self.class_weights = torch.tensor(data.class_weights, device=accelerator.device)
         self.folder = run_folder(run)
         self.progress = Progress(run_id(run), data.fingerprint, accelerator.num_processes)
@@ -131,7 +132,7 @@ class _Loop:
         self.progress.losses.append(loss)
         self.meter.step(sum(self.lengths[index] for index in batch), loss)
         figures = {"epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-        figures |= self.run.method.figures(self.model)
+        figures |= self.penalties | self.run.method.figures(self.model)
         speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1)}
         self.log.write(self.progress.step, figures | speed)
 
@@ -143,17 +144,24 @@ class _Loop:
         weight = self._weight(batch)
         total = self.class_weights.new_zeros(())
         for part in parts:
-            quiet = contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.wrapped)
+            last = part is parts[-1]
+            quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
             with quiet:
                 loss = self._micro_loss(part)
-                penalty = self.run.method.penalty(self.model)
-                shared = 0.0 if penalty is None else penalty / len(parts)
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
-                accelerator.backward(loss * (processes / weight) + shared)
+                accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
         mean = float(accelerator.reduce(total, "sum")) / weight
         self._refuse_infinite("loss", mean)
         return mean
+
+    def _penalty(self) -> Any:
+        """What the method adds to the loss of a whole step, alike in all processes; logged apart from the loss."""
+        penalty = self.run.method.penalty(self.model)
+        if penalty is None:
+            return 0.0
+        self.penalties = {"penalty": float(penalty.detach())}
+        return penalty
 
     def _update(self) -> float:
         """Clip, step, and clear the gradients; returns their norm before clipping."""
@@ -163,7 +171,9 @@ class _Loop:
         if accelerator.scaler is None:  # fp16 skips such steps and lowers its scale
             self._refuse_infinite("gradient norm", norm)
         self.optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
+        if accelerator.optimizer_step_was_skipped:
+            self.run.method.skipped_step(self.model, self.progress.step + 1)
+        else:
             self.schedule.step()
             self.run.method.after_step(self.model, self.progress.step + 1)
         self.optimizer.zero_grad()
@@ -249,8 +259,8 @@ class _Loop:
             tokens=self.meter.tokens,
             tokens_per_second=self.meter.tokens / max(self.meter.seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(accelerator.device.type),
-            trainable_parameters=sum(p.numel() for p in trained_parameters(self.model).values()),
-            total_parameters=sum(p.numel() for p in self.model.parameters()),
+            trainable_parameters=sum(map(numel, trained_parameters(self.model).values())),
+            total_parameters=sum(map(numel, self.model.parameters())),
             processes=accelerator.num_processes,
             losses=tuple(progress.losses),
             evaluations=tuple(progress.evaluations),
