@@ -21,7 +21,11 @@ from peftkit.environment import describe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SHARED = {"partial": ("bitfit", "layernorm", "top_layers"), "from_peft": ("ia3", "prompt", "p_tuning", "peft", "vera")}
+SHARED = {
+    "bottleneck_adapters": ("bottleneck",),
+    "from_peft": ("ia3", "prompt", "p_tuning", "peft", "vera"),
+    "partial": ("bitfit", "layernorm", "top_layers"),
+}
 RECIPE = {kind: recipe for recipe, kinds in SHARED.items() for kind in kinds}
 
 

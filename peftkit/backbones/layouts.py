@@ -45,7 +45,8 @@ class Layout:
     attention: tuple[str, ...] = ()
     """The modules that attend: those that know the heads and call the attention function."""
     attention_result: tuple[str, ...] = ()
-    """What gives the attention's result before it is added to its input, dropout included; empty: `output`."""
+    """What gives the attention's result before it is added to its input, with its dropout where one module gives both;
+    self-attention comes before cross attention. Empty: `output`."""
     feed_forward_result: tuple[str, ...] = ()
     """The same for the feed-forward network; empty: `down`."""
     feed_forward_norm: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ LAYOUTS = (
         ("distilbert",), ("transformer.layer.*",),
         {"query": ("attention.q_lin",), "key": ("attention.k_lin",), "value": ("attention.v_lin",),
          "output": ("attention.out_lin",), "up": ("ffn.lin1",), "down": ("ffn.lin2",)},
-        attention=("attention",), feed_forward_result=("ffn",), feed_forward_norm=("output_layer_norm",)),
+        attention=("attention",), feed_forward_result=("ffn.dropout",), feed_forward_norm=("output_layer_norm",)),
     Layout(
         ("albert",), ("encoder.albert_layer_groups.*.albert_layers.*",),
         {"query": ("attention.query",), "key": ("attention.key",), "value": ("attention.value",),
@@ -113,11 +114,19 @@ LAYOUTS = (
         attention=("attention",),
         attention_result=("post_attention_dropout",), feed_forward_result=("post_mlp_dropout",)),
     Layout(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"), ("layers.*",),
+        ("llama", "mistral", "qwen2", "qwen3", "gemma"), ("layers.*",),
         {"query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
          "output": ("self_attn.o_proj",),
          "gate": ("mlp.gate_proj",), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",)},
         attention=("self_attn",)),
+    Layout(
+        ("gemma2", "gemma3_text", "olmo2"), ("layers.*",),
+        {"query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
+         "output": ("self_attn.o_proj",),
+         "gate": ("mlp.gate_proj",), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",)},
+        attention=("self_attn",),
+        # each sublayer's result is normalised before it is added
+        attention_result=("post_attention_layernorm",), feed_forward_result=("post_feedforward_layernorm",)),
     Layout(
         ("phi3",), ("layers.*",), {"output": ("self_attn.o_proj",), "down": ("mlp.down_proj",)},
         fused={"self_attn.qkv_proj": Fused(("query", "key", "value")), "mlp.gate_up_proj": Fused(("gate", "up"))},

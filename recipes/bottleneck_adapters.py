@@ -1,0 +1,40 @@
+"""Bottleneck adapters in a frozen backbone.
+
+    accelerate launch recipes/bottleneck_adapters.py --config recipes/configs/sst2_lora.yaml method='{kind: bottleneck}'
+
+method.placement is houlsby, pfeiffer (unless it is given) or parallel.
+"""
+
+# Not called bottleneck.py: a script's folder is first on the import path, and pandas imports a package of that name.
+
+import sys
+
+from peftkit.artifacts.store import save
+from peftkit.backbones.load import load
+from peftkit.config import read_run
+from peftkit.console import guard
+from peftkit.evaluation import evaluate, majority
+from peftkit.methods import Bottleneck
+from peftkit.prepare import prepare
+from peftkit.report import announce, report
+from peftkit.session import start
+from peftkit.training.loop import train
+
+
+def main() -> None:
+    run = read_run(expect=Bottleneck)
+    accelerator = start(run)
+    data = prepare(run)
+    backbone = load(run.backbone, data.head)
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    announce(run, data, model, accelerator)
+    scores = {"majority": majority(run.task, data.train, data.test)}
+    scores["before"] = evaluate(model, run.task, data.test, accelerator)
+    record = train(model, run, data, accelerator)
+    scores["after"] = evaluate(model, run.task, data.test, accelerator)
+    save(run, data, backbone, model, record, scores, accelerator)
+    report(run, record, scores)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
