@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +30,7 @@ TASK_TYPES = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
 }
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -56,10 +60,10 @@ class FromPeft(Method):
 
         model: Any = backbone.model
         expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
-        config = self.peft_config(backbone, self._split(backbone), total_steps)
         train_in_float32(model, backbone.head_modules)
-        with quiet_libraries():
-            adapted: nn.Module = get_peft_model(model, config)
+        with quiet_libraries(), quiet_peft():
+            config = self.peft_config(backbone, self._split(backbone), total_steps)
+            adapted = self.prepared(get_peft_model(model, config))
         check_trained(adapted, expected, self)
         return adapted
 
@@ -68,12 +72,12 @@ class FromPeft(Method):
 
         config, state = self.saved_form(model)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"} | self.metadata(model))
         config.inference_mode = True
         # peft keeps targets in a set, whose order varies by process, and adds heads that it has been told already
         for name in ("target_modules", "feedforward_modules", "modules_to_save"):
             if isinstance(held := getattr(config, name, None), (set, list)):
-                setattr(config, name, sorted(set(held)) or None)
+                setattr(config, name, sorted(set(held)))
         config.save_pretrained(str(folder))
         follow_umask(folder)
 
@@ -86,23 +90,42 @@ class FromPeft(Method):
         self._split(backbone)
         train_in_float32(backbone.model, backbone.head_modules)
         base: Any = backbone.model
-        with quiet_libraries():
+        with quiet_libraries(), quiet_peft():
             model = PeftModel.from_pretrained(base, folder)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             differing = sorted(set(file.keys()) ^ set(adapter_state(model)))
+            metadata = file.metadata() or {}
         if differing:
             raise ArtifactError(f"{folder} does not fit its configuration: it differs in {', '.join(differing[:3])}")
-        return model.requires_grad_(False)
+        self.check_metadata(model, metadata, folder)
+        return self.prepared(model).requires_grad_(False)
 
     def merge(self, model: nn.Module) -> nn.Module:
         from peftkit.backbones.fused import fuse
 
+        _unwrap_heads(model)
         return fuse(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
 
     def saved_form(self, model: nn.Module) -> tuple[PeftConfig, dict[str, Tensor]]:
         """What `save` writes: configuration and tensors."""
         peft_model: Any = model
         return copy.copy(peft_model.peft_config[ADAPTER]), adapter_state(model)
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """The peft model, with what the method mends in it; called when it was attached and when it was loaded."""
+        return model
+
+    def metadata(self, model: nn.Module) -> dict[str, str]:
+        """What the saved file says of itself beside its tensors."""
+        return {}
+
+    def check_metadata(self, model: nn.Module, metadata: dict[str, str], folder: Path) -> None:
+        """Refuse a loaded model that is not the one that was saved.
+
+        Raises:
+            ArtifactError: says what differs.
+        """
+        return
 
     def _split(self, backbone: Backbone) -> list[Target]:
         """The targets; fused projections that are adapted in part are split."""
@@ -124,8 +147,49 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """peft's view of what belongs to the adapter, by the names that its files have."""
     from peft import get_peft_model_state_dict
 
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        # said of biases beside B, too
+        warnings.filterwarnings("ignore", "Adapter .* LoRA tensor.* have invalid shape")
+        state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return state
+
+
+def refuse_embeddings(model: nn.Module, targets: list[Target], what: str) -> None:
+    """Refuse embeddings among the targets of what is for linear layers only.
+
+    Raises:
+        MethodError: names the embedding.
+    """
+    from torch import nn
+
+    for target in targets:
+        if target.fused_in is None and isinstance(model.get_submodule(target.name), nn.Embedding):
+            raise MethodError(
+                f"{what} is for linear layers, and '{target.name}' is an embedding; leave it out of the targets"
+            )
+
+
+def _unwrap_heads(model: nn.Module) -> None:
+    """Put the trained heads in their places: most tuners of peft can only unload those that are one linear layer."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, part in [one for one in model.named_modules() if isinstance(one[1], ModulesToSaveWrapper)]:
+        model.set_submodule(name, part.modules_to_save[ADAPTER])
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what peft warns of although it is right so.
+
+    It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that it
+    draws projections again on loading is checked by us; BOFT does without its CUDA kernel; LN tuning knows no names.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1")
+        warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A and vera_B")
+        yield
 
 
 def are_transposed(model: nn.Module, names: list[str]) -> bool:

@@ -1,0 +1,36 @@
+"""AdaLoRA: a rank budget that falls during training, shared out among the matrices by importance.
+
+accelerate launch recipes/adalora.py --config recipes/configs/reuters_r8_adalora.yaml method.target_rank=4
+"""
+
+import sys
+
+from peftkit.artifacts.store import save
+from peftkit.backbones.load import load
+from peftkit.config import read_run
+from peftkit.console import guard
+from peftkit.evaluation import evaluate, majority
+from peftkit.methods import AdaLoRA
+from peftkit.prepare import prepare
+from peftkit.report import announce, report
+from peftkit.session import start
+from peftkit.training.loop import train
+
+
+def main() -> None:
+    run = read_run(expect=AdaLoRA)
+    accelerator = start(run)
+    data = prepare(run)
+    backbone = load(run.backbone, data.head)
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    announce(run, data, model, accelerator)
+    scores = {"majority": majority(run.task, data.train, data.test)}
+    scores["before"] = evaluate(model, run.task, data.test, accelerator)
+    record = train(model, run, data, accelerator)
+    scores["after"] = evaluate(model, run.task, data.test, accelerator)
+    save(run, data, backbone, model, record, scores, accelerator)
+    report(run, record, scores)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
