@@ -28,7 +28,12 @@ STRANGERS = {("peftkit.methods", "peftkit.tasks"), ("peftkit.tasks", "peftkit.me
 HEAVY = {"torch", "peft", "transformers", "datasets", "evaluate", "accelerate", "bitsandbytes", "matplotlib"}
 # Modules that need a heavy package at the top, each with the reason.
 EARLY = {
+    "peftkit.backbones.attention": "registers an attention function; imported when something is added to attention",
+    "peftkit.backbones.attention_inputs": "subclasses nn.Module; imported when something is added to attention",
+    "peftkit.backbones.attention_by_hand": "subclasses transformers' modules; imported for DeBERTa and MPNet",
     "peftkit.backbones.fused": "subclasses nn.Module; imported when a role of a fused projection is adapted",
+    "peftkit.methods.bottleneck_layers": "subclasses nn.Module; imported when adapters are attached",
+    "peftkit.methods.prefix_layers": "subclasses nn.Module; imported when a prefix is attached",
     "peftkit.metrics.classes": "subclasses evaluate.Metric; imported when scores are computed",
     "peftkit.metrics.spans": "subclasses evaluate.Metric; imported when scores are computed",
 }

@@ -1,0 +1,37 @@
+"""(IA)³, VeRA, prompt tuning, P-tuning and every other method that peft has.
+
+    accelerate launch recipes/from_peft.py --config recipes/configs/reuters_r8_ia3.yaml
+    accelerate launch recipes/from_peft.py --config recipes/configs/reuters_r8_peft.yaml method.type=lokr method.r=8
+"""
+
+import sys
+
+from peftkit.artifacts.store import save
+from peftkit.backbones.load import load
+from peftkit.config import read_run
+from peftkit.console import guard
+from peftkit.evaluation import evaluate, majority
+from peftkit.methods.from_peft import FromPeft
+from peftkit.prepare import prepare
+from peftkit.report import announce, report
+from peftkit.session import start
+from peftkit.training.loop import train
+
+
+def main() -> None:
+    run = read_run(expect=FromPeft)
+    accelerator = start(run)
+    data = prepare(run)
+    backbone = load(run.backbone, data.head)
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    announce(run, data, model, accelerator)
+    scores = {"majority": majority(run.task, data.train, data.test)}
+    scores["before"] = evaluate(model, run.task, data.test, accelerator)
+    record = train(model, run, data, accelerator)
+    scores["after"] = evaluate(model, run.task, data.test, accelerator)
+    save(run, data, backbone, model, record, scores, accelerator)
+    report(run, record, scores)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
