@@ -88,23 +88,19 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def params(options: argparse.Namespace) -> None:
-    from peftkit.planning.parameters import count_methods
-    from peftkit.report import table
+    from peftkit.planning.chart import check_chart, draw
+    from peftkit.planning.survey import survey
+    from peftkit.report import counts_csv, counts_table
 
-    counts = count_methods(options.backbone, options.method, options.task, options.labels)
+    if options.chart:
+        check_chart(options.chart)
+    answers = survey(options.backbone, options.method, options.task, options.labels, options.budget)
+    if options.chart:
+        draw(answers, f"{options.backbone}, {options.task or 'without a head'}", options.chart)
     if options.json:
-        print(json.dumps([one.as_dict() for one in counts], indent=2))
-        return
-    columns = ("adapter", "head", "trainable", "saved", "backbone")
-    rows = [
-        [
-            one.method,
-            *(f"{getattr(one, f'{name}_parameters'):,}" for name in columns),
-            f"{one.trainable_percent:.4f} %",
-        ]
-        for one in counts
-    ]
-    print(table([["method", *columns, "trainable share"], *rows]))
+        print(json.dumps([one.as_dict() for one in answers], indent=2))
+    else:
+        print(counts_csv(answers) if options.csv else counts_table(answers), end="" if options.csv else "\n")
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -259,10 +255,18 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     one = verb("params", params, "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")
-    one.add_argument("--method", action="append", required=True, metavar="KIND[:key=value,…]")
+    which = one.add_mutually_exclusive_group(required=True)
+    which.add_argument("--method", action="append", metavar="KIND[:key=value,…]")
+    which.add_argument("--all", action="store_true", help="every published method, at its paper's setting")
+    one.add_argument(
+        "--budget", metavar="N", help="find the rank, size or length that trains N parameters beside the head"
+    )
     one.add_argument("--task", metavar="KIND", help="put this task's head on; without it there is no head")
     one.add_argument("--labels", type=int, default=2, metavar="N", help="outputs of the head (default: 2)")
-    one.add_argument("--json", action="store_true")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true")
+    form.add_argument("--json", action="store_true")
+    one.add_argument("--chart", type=Path, metavar="FILE", help="draw what trains, as .png, .svg or .pdf")
 
     one = verb("fetch", fetch, "Get bundled backbones and data sets ahead of time; without a name, list them.")
     one.add_argument("names", nargs="*", default=[], metavar="NAME")

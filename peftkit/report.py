@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from peftkit.artifacts.store import saved_parameters
 from peftkit.config import Run
 from peftkit.console import say
 from peftkit.evaluation import Evaluation
-from peftkit.methods.base import trained_parameters
+from peftkit.methods.base import numel, trained_parameters
+from peftkit.session import run_folder
 from peftkit.tasks.base import Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from peftkit.planning.parameters import Counts
+    from peftkit.planning.survey import Answer
     from peftkit.prepare import Prepared
     from peftkit.training.loop import TrainRecord
 
 
 def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerator) -> None:
     """Say what is about to be trained, exactly, before it starts."""
-    trained = sum(p.numel() for p in trained_parameters(model).values())
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(map(numel, trained_parameters(model).values()))
+    total = sum(map(numel, model.parameters()))
     steps = run.training.total_steps(len(data.train))
     say(f"backbone  {run.backbone.name} ({run.backbone.dtype})")
     say(f"method    {run.method.kind}: {trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)")
@@ -61,7 +67,9 @@ def report(run: Run, record: TrainRecord, evaluations: Mapping[str, Evaluation])
         f"{record.steps:,} steps (best: {record.best_step:,}) in {record.seconds:.1f} s, "
         f"{record.tokens_per_second:,.0f} tokens/s, peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"
     )
-    say(f"saved to {run.output.folder}")
+    saved = saved_parameters(run_folder(run) / run.method.artifact)
+    fewer = f" of the {record.trainable_parameters:,} that trained" if saved < record.trainable_parameters else ""
+    say(f"saved to {run.output.folder}: {saved:,} parameters{fewer}")
 
 
 def per_class_table(scores: Scores) -> str:
@@ -91,3 +99,48 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def counts_table(answers: Sequence[Answer]) -> str:
+    """Parameters of each method, one row each; below, what they are of, and which methods cannot be on the backbone."""
+    counted = [(answer, answer.counts) for answer in answers if answer.counts]
+    budget = counted[0][0].budget if counted else None
+    columns = {
+        "size": [answer.size for answer, _ in counted],
+        "adapter": [f"{counts.adapter_parameters:,}" for _, counts in counted],
+        "tuned": [f"{counts.tuned_parameters:,}" for _, counts in counted],
+        f"from {budget or 0:,}": [_deviation(answer) for answer, _ in counted] if budget else [],
+        "head": [f"{counts.head_parameters:,}" for _, counts in counted],
+        "trainable": [f"{counts.trainable_parameters:,}" for _, counts in counted],
+        "saved": [_saved(counts) for _, counts in counted],
+        "share": [f"{counts.trainable_percent:.4f} %" for _, counts in counted],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    rows = [[answer.label, *cells] for (answer, _), *cells in zip(counted, *shown.values(), strict=True)]
+    lines = [table([["method", *shown], *rows]), ""]
+    if counted:
+        lines.append(f"backbone {counted[0][1].backbone_parameters:,}; share is of backbone + adapter + head")
+    if budget:
+        lines.append(f"budget {budget:,} is of adapter + tuned, without the head")
+    refused = dict.fromkeys((answer.label, answer.note) for answer in answers if not answer.counts)
+    return "\n".join([*lines, *(f"not on this backbone: {label}: {note}" for label, note in refused)])
+
+
+def _saved(counts: Counts) -> str:
+    lowest, highest = counts.saved_parameters_lowest, counts.saved_parameters
+    return f"{highest:,}" if lowest == highest else f"{lowest:,}–{highest:,}"
+
+
+def _deviation(answer: Answer) -> str:
+    note = f" ({answer.note})" if answer.note else ""
+    return f"{answer.deviation_percent or 0:+,.2f} %{note}"
+
+
+def counts_csv(answers: Sequence[Answer]) -> str:
+    """The same figures, and all others, as comma-separated values with a header."""
+    rows = [answer.as_dict() for answer in answers]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

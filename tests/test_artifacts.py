@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FILLERS, entity_rows, sentiment_rows, write_jsonl
+from safetensors.torch import load_file
 
 from peftkit.artifacts.merge import merge
 from peftkit.artifacts.store import load_run
@@ -136,6 +137,8 @@ def test_a_run_folder_is_complete(kind: str, finished: Callable[[str], Path]) ->
     manifest = _json(folder / "manifest.json")
     assert set(manifest["files"]) == {"run.yaml"} | {f"{artifact}/{one.name}" for one in (folder / artifact).iterdir()}
     assert (folder / "run.yaml").read_text().startswith(f"# run {manifest['run_id']}\n")
+    saved = [load_file(one) for one in (folder / artifact).glob("*.safetensors")]
+    assert manifest["saved_parameters"] == sum(t.numel() for tensors in saved for t in tensors.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -479,7 +482,7 @@ def test_a_tampered_file_is_named(name: str, damage: str, copied: Path, capfd: p
 def test_other_weights_under_the_same_name_are_refused(
     configured: Callable[..., Path], tiny_bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     base = Path(shutil.copytree(tiny_bert, tmp_path / "base"))
     config = str(configured("sentiment-lora", tmp_path / "run"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def save(
         scores = {name: dataclasses.asdict(one.scores) for name, one in evaluations.items()}
         _write_json(folder / SCORES, scores)
         manifest = _manifest(run, data, backbone, record, evaluations)
+        manifest["saved_parameters"] = saved_parameters(folder / run.method.artifact)
         manifest["files"] = _hashes(folder, folder / run.method.artifact)
         _write_json(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -140,6 +142,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
         raise ArtifactError(f"{file} changed after it was written; restore it, or train again")
     return manifest
+
+
+def saved_parameters(artifact: Path) -> int:
+    """The numbers in the weight files of a saved artifact, head included."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in artifact.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def read_saved_config(folder: Path) -> Run:

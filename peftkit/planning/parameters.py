@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import BackboneSettings, Head, meta_model, read_config, resolve_config
 from peftkit.backbones.modules import head_modules
-from peftkit.config_file import parse_document
-from peftkit.errors import ConfigError, MethodError, UsageError
-from peftkit.methods import METHODS, AnyMethod
-from peftkit.methods.base import Method, module_parameters
+from peftkit.errors import MethodError, UsageError
+from peftkit.methods.base import Method, module_parameters, numel
+from peftkit.planning.specs import parse_method
 from peftkit.schema import did_you_mean
 
 if TYPE_CHECKING:
@@ -26,7 +21,6 @@ MODEL_CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
 }
-SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
 @dataclass(frozen=True)
@@ -36,11 +30,16 @@ class Counts:
     method: str
     adapter_parameters: int
     """Added by the method."""
+    tuned_parameters: int
+    """The backbone's own that the method trains."""
     head_parameters: int
     """The task's head: trained and saved with every method."""
     trainable_parameters: int
+    """Adapter, tuned and head together."""
     saved_parameters: int
-    """In the saved files; more than train where an initialization rewrote the base."""
+    """In the saved files, the most there can be; more than train where an initialization rewrote the base."""
+    saved_parameters_lowest: int
+    """The least there can be: less than the most where training decides what is kept."""
     backbone_parameters: int
     """The pretrained model without any head."""
 
@@ -62,55 +61,48 @@ def count_methods(backbone: str, specs: Sequence[str], task: str | None, labels:
         specs: `KIND` or `KIND:key=value,…`; lists are joined by `+`.
         task: a task's kind, or None for the bare backbone without a head.
         labels: outputs of the head.
+
+    Raises:
+        UsageError: a spec that cannot be read, or a method that cannot be on this backbone.
     """
     methods = [(spec, parse_method(spec)) for spec in specs]
+    model = planned_model(backbone, task, labels)
+    return [count_asked(spec, method, model) for spec, method in methods]
+
+
+def planned_model(backbone: str, task: str | None, labels: int) -> nn.Module:
+    """The shapes of a backbone with the task's head, on the meta device."""
     if labels < 1:
         raise UsageError(f"--labels: a head has at least one output, not {labels}")
-    model = meta_model(read_config(resolve_config(BackboneSettings(name=backbone))), _head(task, labels))
-    return [_count_asked(spec, method, model) for spec, method in methods]
+    return meta_model(read_config(resolve_config(BackboneSettings(name=backbone))), _head(task, labels))
 
 
 def count(spec: str, method: Method, model: nn.Module) -> Counts:
-    """Counts of one method on a model, which may be on the meta device."""
+    """Counts of one method on a model, which may be on the meta device.
+
+    Raises:
+        MethodError: the method cannot be on this model.
+    """
     config: Any = model.config
     layout = layout_for(config.model_type, model)
     heads = head_modules(model)
-    added = method.added_parameters(model, layout)
+    added, tuned = method.added_parameters(model, layout), method.tuned_parameters(model, heads)
     head = module_parameters(model, heads)
-    trained = added + head + method.tuned_parameters(model, heads)
+    lowest, highest = method.stored_bounds(model, layout)
     return Counts(
         method=spec,
         adapter_parameters=added,
+        tuned_parameters=tuned,
         head_parameters=head,
-        trainable_parameters=trained,
-        saved_parameters=trained - added + method.stored_parameters(model, layout),
-        backbone_parameters=sum(p.numel() for p in model.parameters()) - head,
+        trainable_parameters=added + tuned + head,
+        saved_parameters=highest + tuned + head,
+        saved_parameters_lowest=lowest + tuned + head,
+        backbone_parameters=sum(map(numel, model.parameters())) - head,
     )
 
 
-def parse_method(spec: str) -> Method:
-    """`lora:rank=8,targets=query+value` as a method.
-
-    Raises:
-        UsageError: no such kind or key, or a value that does not fit.
-    """
-    kind, _, rest = spec.partition(":")
-    values: dict[str, Any] = {"kind": kind}
-    for item in filter(None, rest.split(",")):
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise UsageError(f"--method {spec}: '{item}' is not key=value")
-        if key in values:
-            raise UsageError(f"--method {spec}: '{key}' is given twice; keep one")
-        values[key] = _value(text, spec)
-    try:
-        method: Method = TypeAdapter(AnyMethod).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise UsageError(f"--method {spec}: {_reason(error, kind)}") from None
-    return method
-
-
-def _count_asked(spec: str, method: Method, model: nn.Module) -> Counts:
+def count_asked(spec: str, method: Method, model: nn.Module) -> Counts:
+    """The same for a method that somebody named, who is told that it cannot be."""
     try:
         return count(spec, method, model)
     except MethodError as error:
@@ -123,28 +115,3 @@ def _head(task: str | None, labels: int) -> Head | None:
     if task not in MODEL_CLASSES:
         raise UsageError(f"--task: no task '{task}'{did_you_mean(task, MODEL_CLASSES)}")
     return Head(MODEL_CLASSES[task], tuple(map(str, range(labels))))
-
-
-def _value(text: str, spec: str) -> Any:
-    """A YAML scalar; 0.3M is 300,000."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)([kMB])", text)
-    if match:
-        return round(float(match[1]) * SUFFIXES[match[2]])
-    try:
-        return parse_document(f"value: {text}", spec).tree["value"]
-    except ConfigError:
-        raise UsageError(f"--method {spec}: cannot read the value '{text}'") from None
-
-
-def _reason(error: ValidationError, kind: str) -> str:
-    first = error.errors()[0]
-    if first["type"] == "union_tag_invalid":
-        kinds = str((first.get("ctx") or {}).get("expected_tags", "")).replace("'", "").split(", ")
-        return f"no method '{kind}'{did_you_mean(kind, kinds)}"
-    name = str(first["loc"][1]) if len(first["loc"]) > 1 else kind
-    if first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", str((first.get("ctx") or {}).get("expected", "")))
-        return f"{name}: no '{first['input']}'{did_you_mean(str(first['input']), choices)}"
-    if first["type"] == "extra_forbidden":
-        return f"'{kind}' has no '{name}'{did_you_mean(name, set(METHODS[kind].model_fields) - {'kind'})}"
-    return f"{name}: {first['msg'].removeprefix('Value error, ')}"
