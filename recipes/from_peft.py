@@ -2,6 +2,8 @@
 
     accelerate launch recipes/from_peft.py --config recipes/configs/reuters_r8_ia3.yaml
     accelerate launch recipes/from_peft.py --config recipes/configs/reuters_r8_peft.yaml method.type=lokr method.r=8
+
+method.kind is ia3, vera, prompt, p_tuning, or peft with the name and the fields of one of peft's methods.
 """
 
 import sys

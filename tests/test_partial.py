@@ -272,7 +272,7 @@ class TestRefused:
     def test_in_a_configuration(self, write_config: Callable[..., Path], tiny_bert: Path, capsys: Any) -> None:
         backbone = {"name": str(tiny_bert), "dtype": "bfloat16"}
         assert main(["validate", str(write_config(method={"kind": "bitfit"}, backbone=backbone))]) == 2
-        assert "method 'bitfit' trains weights of the backbone itself, which in bfloat16" in capsys.readouterr().err
+        assert "method 'bitfit' trains weights of the backbone itself; in bfloat16" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("model_type", "changes", "layers", "message"),

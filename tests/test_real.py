@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ from peftkit.schema import Section
 
 CONFIGS = list(shipped.configs())
 # rows enough that training has every label, and little work for each
-SHORT = ["training.max_steps=1", "training.batch_size=4", "task.data.limit=1000", "task.max_length=8"]
+SHORT = ["training.max_steps=6", "training.batch_size=4", "training.evaluate_every=epoch", "task.max_length=8"]
 PLAIN = """
 import json, sys, torch
 from peft import PeftModel
@@ -74,25 +73,79 @@ def test_plain_peft_and_plain_transformers_compute_the_same(reuters: Path, tmp_p
 def test_every_shipped_configuration_runs(config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if "PEFTKIT_DATA" in config.read_text():
         request.getfixturevalue("real_data")
-    assert main(["train", str(config), *SHORT, f"output.folder={tmp_path / 'run'}"]) == 0
+    limit = f"task.data.limit={240 if 'reuters' in config.stem else 1000}"
+    assert main(["train", str(config), *SHORT, limit, f"output.folder={tmp_path / 'run'}"]) == 0
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert set(scores) == {"majority", "before", "after"}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
-def test_every_recipe_runs_as_a_script(method: str, tmp_path: Path) -> None:
+RECIPES = {
+    "lora": "lora",
+    "adalora": "adalora",
+    "bottleneck_adapters": "bottleneck",
+    "prefix": "prefix",
+    "from_peft": "ia3",
+    "partial": "bitfit",
+    "head": "head",
+    "full": "full",
+}
+
+
+def test_no_recipe_is_forgotten() -> None:
+    assert set(RECIPES) == {file.stem for file in shipped.recipes()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_as_a_script(recipe: str, tmp_path: Path) -> None:
     """A recipe does what `peftkit train` does."""
     config = shipped.folder() / "configs" / "reuters_r8_lora.yaml"
-    arguments = [str(config), *SHORT, f"method={{kind: {method}}}"]
+    arguments = [str(config), *SHORT, "task.data.limit=240", f"method={{kind: {RECIPES[recipe]}}}"]
     folders = [tmp_path / name for name in ("recipe", "verb")]
-    command = [sys.executable, str(shipped.folder() / f"{method}.py"), "--config", *arguments]
+    command = [sys.executable, str(shipped.folder() / f"{recipe}.py"), "--config", *arguments]
     subprocess.run([*command, f"output.folder={folders[0]}"], check=True)
     assert main(["train", *arguments, f"output.folder={folders[1]}"]) == 0
-    assert _loss(folders[0]) == _loss(folders[1])
+    assert _losses(folders[0]) == _losses(folders[1])
 
 
-def _loss(folder: Path) -> Any:
-    return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
+@pytest.fixture(scope="module")
+def adalora_on_sst2(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """AdaLoRA on SST-2 twice, evaluated at its end and after every third step."""
+    config = shipped.folder() / "configs" / "sst2_adalora.yaml"
+    short = ["training.max_steps=24", "training.batch_size=8", "task.data.limit=120", "task.max_length=16"]
+    short += ["method.allocate_every=2", "training.keep_best=false"]
+    folders = {every: tmp_path_factory.mktemp("adalora") / "run" for every in ("24", "3")}
+    for every, folder in folders.items():
+        arguments = [*short, f"training.evaluate_every={every}", f"output.folder={folder}"]
+        assert main(["train", str(config), *arguments]) == 0
+    return folders
+
+
+def test_the_final_rank_of_adalora_is_its_budget(adalora_on_sst2: dict[str, Path]) -> None:
+    from safetensors import safe_open
+
+    folder = adalora_on_sst2["24"]
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    trajectory = [event["total_rank"] for event in events if "total_rank" in event]
+    matrices = 6 * 6  # query, key, value, output, up and down in each of six layers
+    assert sum(ranks) == 8 * matrices == trajectory[-1]
+    assert trajectory[0] == 12 * matrices
+    assert trajectory == sorted(trajectory, reverse=True)
+    assert (folder / "rank_trajectory.png").stat().st_size > 10_000
+
+
+def test_evaluation_does_not_change_adalora(adalora_on_sst2: dict[str, Path]) -> None:
+    rarely, often = (adalora_on_sst2[every] for every in ("24", "3"))
+    assert _losses(rarely) == _losses(often)
+    adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (rarely, often)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def _losses(folder: Path) -> list[str]:
+    """The loss of every step, to the last bit."""
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [float(event["loss"]).hex() for event in events if "loss" in event]
 
 
 def test_shipped_configurations_share_one_data_root() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods.from_peft import ADAPTER, FromPeft, are_transposed, refuse_embeddings, task_type
+from peftkit.methods.from_peft import ADAPTER, LEFT_OUT, FromPeft, are_transposed, refuse_embeddings, task_type
 from peftkit.methods.lora import refuse_large_rank
 
 if TYPE_CHECKING:
@@ -187,6 +187,14 @@ class AdaLoRA(FromPeft):
 
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         _allocation(model).restore(model, state)
+
+    def metadata(self, model: nn.Module) -> dict[str, str]:
+        from peftkit.methods.adalora_allocation import svd_layers
+
+        if not hasattr(model, "allocation"):
+            return {}
+        kept = zip(svd_layers(model), _allocation(model).kept, strict=True)
+        return {LEFT_OUT: " ".join(name for name, mask in kept if not mask.any())}
 
     def saved_form(self, model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
         """The kept triplets as a plain LoRA.

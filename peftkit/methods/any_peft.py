@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import warnings
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict
 
 from peftkit.backbones.load import Backbone
-from peftkit.backbones.modules import head_modules, named, norms
+from peftkit.backbones.modules import head_modules, named, norms, number_free_tails
 from peftkit.backbones.targets import Target
 from peftkit.errors import ArtifactError, MethodError, NotMergeable, PeftkitError
-from peftkit.methods.base import module_parameters, trained_parameters
+from peftkit.methods.base import lost_to_rounding, module_parameters, trained_parameters
 from peftkit.methods.from_peft import FromPeft, adapter_state, are_transposed, quiet_peft, task_type
 from peftkit.methods.ia3 import scales_input
 from peftkit.methods.peft_configs import checked_fields, config_class, field_names
@@ -57,6 +57,7 @@ class Peft(FromPeft):
             "feedforward_modules": [one.name for one in targets if scales_input(one, backbone.layout)],
         }
         given = checked_fields(self.type, self.model_extra or {})
+        _refuse_unmatched(given, names)
         fields = {name: value for name, value in filled_in.items() if name in self._fields} | given
         config: PeftConfig = config_class(self.type)(**fields)
         return config
@@ -77,6 +78,7 @@ class Peft(FromPeft):
         before = _sums(backbone.model)
         with self._told_by_peft():
             model = super().attach(backbone, total_steps)
+        self._check_trained(model)
         changed = [name for name, sums in _sums(model).items() if before.get(_plain(name), sums) != sums]
         if changed:
             raise MethodError(
@@ -166,17 +168,24 @@ class Peft(FromPeft):
         for name, kind in kinds.items():
             if not isinstance(adapted.get_submodule(f"base_model.model.{name}"), BaseTunerLayer):
                 raise MethodError(f"type '{self.type}' adds nothing to '{name}', a {kind}, and peft does not say so")
-        if any(".original_module." in name for name in trained_parameters(adapted)):
-            raise MethodError(f"type '{self.type}': `bias: all` would train the head twice; use another value of bias")
         return adapted
+
+    def _check_trained(self, model: nn.Module) -> None:
+        """Refuse what would train in vain: in a dtype that rounds its steps away, or left out of the file."""
+        saved = {tensor.data_ptr() for tensor in adapter_state(model).values()}
+        for name, parameter in trained_parameters(model).items():
+            if conflict := lost_to_rounding(self.type, str(parameter.dtype).removeprefix("torch.")):
+                raise MethodError(f"{conflict} ('{_plain(name)}')")
+            if parameter.data_ptr() not in saved:
+                raise MethodError(
+                    f"type '{self.type}' trains '{_plain(name)}', which this version of peft does not save"
+                )
 
     @contextlib.contextmanager
     def _told_by_peft(self) -> Iterator[None]:
         """peft's refusals, which are of many kinds, as ours."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", ".*did not match any")  # what is misspelt would be left out
-                yield
+            yield
         except PeftkitError:
             raise
         except Exception as error:
@@ -213,6 +222,15 @@ def _norms(model: nn.Module, targets: str | tuple[str, ...] | None) -> list[Targ
             raise MethodError(f"target '{entry}' is no normalisation of the model{did_you_mean(entry, sizes)}")
         chosen |= found
     return [Target(name, size, size) for name, size in sizes.items() if name in chosen]
+
+
+def _refuse_unmatched(given: dict[str, Any], targets: list[str]) -> None:
+    """Refuse keys of `rank_pattern` and its like that are no target, which peft would pass over."""
+    for field, patterns in given.items():
+        for pattern in patterns if field.endswith("_pattern") and isinstance(patterns, dict) else ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", target) for target in targets):
+                near = did_you_mean(pattern, number_free_tails(targets))
+                raise MethodError(f"{field}: '{pattern}' is no target{near}")
 
 
 def _word_embeddings(model: nn.Module) -> str:

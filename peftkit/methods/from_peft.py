@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peftkit.backbones.modules import head_modules
+from peftkit.backbones.modules import architecture, head_modules
 from peftkit.backbones.targets import Target, find_targets
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
+LEFT_OUT = "left_out"
+"""Under this, the metadata of the weights name the targets that training left without any."""
 
 
 class FromPeft(Method):
@@ -87,18 +88,35 @@ class FromPeft(Method):
         with quiet_libraries():
             from peft import PeftModel
 
-        self._split(backbone)
+        targets = self._split(backbone)
         train_in_float32(backbone.model, backbone.head_modules)
         base: Any = backbone.model
-        with quiet_libraries(), quiet_peft():
-            model = PeftModel.from_pretrained(base, folder)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            differing = sorted(set(file.keys()) ^ set(adapter_state(model)))
-            metadata = file.metadata() or {}
+            saved, metadata = set(file.keys()), file.metadata() or {}
+        self._refuse_missing(targets, saved, metadata, base, folder)
+        try:
+            with quiet_libraries(), quiet_peft():
+                model = PeftModel.from_pretrained(base, folder)
+        except (KeyError, RuntimeError, ValueError) as error:  # peft and torch raise all of them for what does not fit
+            lines = [line.strip() for line in str(error).splitlines()]
+            reason = next((line for line in lines if line.startswith("size mismatch")), lines[0])
+            raise ArtifactError(f"{folder} is not of {architecture(base)}: {reason}") from error
+        differing = sorted(saved ^ set(adapter_state(model)))
         if differing:
             raise ArtifactError(f"{folder} does not fit its configuration: it differs in {', '.join(differing[:3])}")
         self.check_metadata(model, metadata, folder)
         return self.prepared(model).requires_grad_(False)
+
+    def _refuse_missing(
+        self, targets: list[Target], saved: set[str], metadata: dict[str, str], base: nn.Module, folder: Path
+    ) -> None:
+        """Refuse a file without tensors of some target, as one of a flatter backbone is: peft would leave it out."""
+        left_out = set(metadata.get(LEFT_OUT, "").split())
+        prefixes = tuple(f"base_model.model.{target.name}." for target in targets if target.name not in left_out)
+        lost = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in saved)]
+        if lost:
+            name = lost[0].removeprefix("base_model.model.")[:-1]
+            raise ArtifactError(f"{folder} is not of {architecture(base)}: it has nothing for '{name}'")
 
     def merge(self, model: nn.Module) -> nn.Module:
         from peftkit.backbones.fused import fuse
@@ -138,7 +156,10 @@ class FromPeft(Method):
 
 
 def task_type(model: nn.Module) -> str | None:
-    """peft's name of the model's task, which decides how its adapter is loaded."""
+    """peft's name of the model's task, which decides which class it is loaded as.
+
+    None where peft's general class serves better: that of question answering does not hand on `token_type_ids`.
+    """
     name = type(model).__name__
     return next((task for suffix, task in TASK_TYPES.items() if name.endswith(suffix)), None)
 
@@ -181,13 +202,15 @@ def _unwrap_heads(model: nn.Module) -> None:
 def quiet_peft() -> Iterator[None]:
     """Silence what peft warns of although it is right so.
 
-    It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that it
-    draws projections again on loading is checked by us; BOFT does without its CUDA kernel; LN tuning knows no names.
+    It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that names
+    agree, and that projections are drawn alike on loading, is checked by us; BOFT does without its CUDA kernel; LN
+    tuning knows no names.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1")
         warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "Found missing adapter keys|The following (rank|alpha)_pattern keys")
         warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A and vera_B")
         yield
 

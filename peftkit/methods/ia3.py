@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from peftkit.backbones.layouts import in_blocks
 from peftkit.methods.from_peft import FromPeft, are_transposed, refuse_embeddings, task_type
@@ -23,7 +23,6 @@ class IA3(FromPeft):
     untouched one. The outputs of other targets are scaled like keys and values.
     """
 
-    size: ClassVar[str | None] = None
     kind: Literal["ia3"] = "ia3"
     targets: str | tuple[str, ...] = "key+value+down"
     """Roles and module names, joined by `+` or as a list; the default is the paper's."""

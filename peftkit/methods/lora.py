@@ -173,8 +173,19 @@ class LoRA(FromPeft):
         refuse_large_rank(self.rank, targets)
         if self.initialization not in ("default", "mica"):
             refuse_embeddings(model, targets, f"initialization '{self.initialization}'")
+        if self.initialization == "olora":
+            self._refuse_transposed(model, targets)
         lengths = sum(target.outputs for target in targets) if self._has_lengths else 0
         return sum(rows_of_a * target.inputs + columns_of_b * target.outputs for target in targets) + lengths
+
+    def _refuse_transposed(self, model: nn.Module, targets: list[Target]) -> None:
+        """peft decomposes such weights the wrong way round, which changes the function where they are square."""
+        for target in targets:
+            if target.fused_in is None and are_transposed(model, [target.name]):
+                raise MethodError(
+                    f"initialization 'olora': peft does not have it for '{target.name}', whose weights are (in, out); "
+                    "use pissa, which starts from the same function too"
+                )
 
 
 def refuse_large_rank(rank: int, targets: list[Target], field: str = "rank") -> None:

@@ -76,12 +76,12 @@ def checked_fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known = field_names(kind) - OURS.keys()
     for name, value in given.items():
         if name in OURS:
-            raise MethodError(f"method.{name} is not set by hand: {OURS[name]}")
+            raise MethodError(f"{name} is not set by hand: {OURS[name]}")
         if name not in known:
-            raise MethodError(f"method.{name}: type '{kind}' has no such field{did_you_mean(name, known)}")
+            raise MethodError(f"{name}: type '{kind}' has no such field{did_you_mean(name, known)}")
         start = str(value).split("_niter_")[0]
         if name.startswith("init") and start in INITIALIZATIONS:
-            raise MethodError(f"method.{name}: '{value}' {INITIALIZATIONS[start]}")
+            raise MethodError(f"{name}: '{value}' {INITIALIZATIONS[start]}")
     hints = typing.get_type_hints(config_class(kind))
     return {name: _of_type(hints[name], name, value) for name, value in given.items()}
 
@@ -95,4 +95,4 @@ def _of_type(hint: Any, name: str, value: Any) -> Any:
         return TypeAdapter(hint).validate_json(to_json(value), strict=True)
     except ValidationError as error:
         wanted = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in error.errors())
-        raise MethodError(f"method.{name} should be {' or '.join(wanted)}, got {value!r}") from None
+        raise MethodError(f"{name} should be {' or '.join(wanted)}, got {value!r}") from None

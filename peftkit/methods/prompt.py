@@ -186,6 +186,8 @@ def _task_with_prompts(model: nn.Module) -> str:
     """
     transformer: Any = model
     task = task_type(model)
+    if type(model).__name__.endswith("ForQuestionAnswering"):
+        task = "QUESTION_ANS"
     if task is None and base_model(model) is model:
         return "FEATURE_EXTRACTION"
     if task is None:
