@@ -64,4 +64,3 @@ class Full(Method):
 
     def tuned_parameters(self, model: nn.Module, heads: tuple[str, ...]) -> int:
         return sum(map(numel, model.parameters())) - module_parameters(model, heads)
-
