@@ -1,6 +1,6 @@
 """AdaLoRA: a rank budget that falls during training, shared out among the matrices by importance.
 
-accelerate launch recipes/adalora.py --config recipes/configs/reuters_r8_adalora.yaml method.target_rank=4
+    accelerate launch recipes/adalora.py --config recipes/configs/reuters_r8_adalora.yaml method.target_rank=4
 """
 
 import sys

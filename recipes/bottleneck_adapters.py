@@ -1,6 +1,6 @@
 """Bottleneck adapters in a frozen backbone.
 
-    accelerate launch recipes/bottleneck_adapters.py --config recipes/configs/sst2_lora.yaml method='{kind: bottleneck}'
+    accelerate launch recipes/bottleneck_adapters.py --config recipes/configs/reuters_r8_bottleneck.yaml
 
 method.placement is houlsby, pfeiffer (unless it is given) or parallel.
 """

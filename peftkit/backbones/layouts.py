@@ -57,6 +57,17 @@ class Layout:
 
 # One architecture per row, wrapped by hand to be read as a table.
 # fmt: off
+_LLAMA = {
+    "query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
+    "output": ("self_attn.o_proj",),
+    "gate": ("mlp.gate_proj",), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",),
+}
+_BART = {
+    "query": ("self_attn.q_proj", "encoder_attn.q_proj"),
+    "key": ("self_attn.k_proj", "encoder_attn.k_proj"),
+    "value": ("self_attn.v_proj", "encoder_attn.v_proj"),
+    "output": ("self_attn.out_proj", "encoder_attn.out_proj"), "up": ("fc1",), "down": ("fc2",),
+}
 LAYOUTS = (
     Layout(
         ("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer.*",),
@@ -115,15 +126,11 @@ LAYOUTS = (
         attention_result=("post_attention_dropout",), feed_forward_result=("post_mlp_dropout",)),
     Layout(
         ("llama", "mistral", "qwen2", "qwen3", "gemma"), ("layers.*",),
-        {"query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
-         "output": ("self_attn.o_proj",),
-         "gate": ("mlp.gate_proj",), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",)},
+        _LLAMA,
         attention=("self_attn",)),
     Layout(
         ("gemma2", "gemma3_text", "olmo2"), ("layers.*",),
-        {"query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
-         "output": ("self_attn.o_proj",),
-         "gate": ("mlp.gate_proj",), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",)},
+        _LLAMA,
         attention=("self_attn",),
         # each sublayer's result is normalised before it is added
         attention_result=("post_attention_layernorm",), feed_forward_result=("post_feedforward_layernorm",)),
@@ -147,17 +154,11 @@ LAYOUTS = (
         feed_forward_result=("layer.1.DenseReluDense", "layer.2.DenseReluDense")),
     Layout(
         ("bart", "marian"), ("encoder.layers.*", "decoder.layers.*"),
-        {"query": ("self_attn.q_proj", "encoder_attn.q_proj"),
-         "key": ("self_attn.k_proj", "encoder_attn.k_proj"),
-         "value": ("self_attn.v_proj", "encoder_attn.v_proj"),
-         "output": ("self_attn.out_proj", "encoder_attn.out_proj"), "up": ("fc1",), "down": ("fc2",)},
+        _BART,
         attention=("self_attn", "encoder_attn"), feed_forward_norm=("final_layer_norm",)),
     Layout(
         ("mbart", "pegasus"), ("encoder.layers.*", "decoder.layers.*"),
-        {"query": ("self_attn.q_proj", "encoder_attn.q_proj"),
-         "key": ("self_attn.k_proj", "encoder_attn.k_proj"),
-         "value": ("self_attn.v_proj", "encoder_attn.v_proj"),
-         "output": ("self_attn.out_proj", "encoder_attn.out_proj"), "up": ("fc1",), "down": ("fc2",)},
+        _BART,
         attention=("self_attn", "encoder_attn")),
 )
 # fmt: on
