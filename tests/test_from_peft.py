@@ -241,10 +241,11 @@ class TestVeRA:
         method = VeRA(rank=4)
         method.save(train(attached(method)), tmp_path)
         with safe_open(tmp_path / WEIGHTS, "pt") as file:
-            metadata = file.metadata()
-        assert len(metadata.pop("projections_sha256")) == 64
+            notes = json.loads(file.metadata()["peftkit"])
+        assert len(notes["projections_sha256"]) == 64
         tensors = load_file(tmp_path / WEIGHTS)
-        save_file(tensors, tmp_path / WEIGHTS, metadata | {"projections_sha256": "0" * 64, "torch_version": "9.9"})
+        notes |= {"projections_sha256": "0" * 64, "torch_version": "9.9"}
+        save_file(tensors, tmp_path / WEIGHTS, {"peftkit": json.dumps(notes)})
         with pytest.raises(
             ArtifactError, match=r"random projections of .* with torch [\d.].*was trained, with torch 9\.9"
         ):
@@ -801,8 +802,8 @@ class TestPeft:
         method = Peft(type="fourierft", n_frequency=9)  # type: ignore[call-arg]
         model = attached(method)
         method.save(model, tmp_path)
-        tensors, metadata = load_file(tmp_path / WEIGHTS), {"random_streams_sha256": "0" * 64, "torch_version": "9.9"}
-        save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"} | metadata)
+        tensors, notes = load_file(tmp_path / WEIGHTS), {"random_streams_sha256": "0" * 64, "torch_version": "9.9"}
+        save_file(tensors, tmp_path / WEIGHTS, {"peftkit": json.dumps(notes)})
         with pytest.raises(ArtifactError, match=r"'fourierft' draws parts of .* again.* load it with torch 9\.9"):
             loaded(method, tmp_path)
         state = method.state(model)

@@ -188,7 +188,7 @@ class AdaLoRA(FromPeft):
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         _allocation(model).restore(model, state)
 
-    def metadata(self, model: nn.Module) -> dict[str, str]:
+    def notes(self, model: nn.Module) -> dict[str, str]:
         from peftkit.methods.adalora_allocation import svd_layers
 
         if not hasattr(model, "allocation"):

@@ -110,16 +110,16 @@ class Peft(FromPeft):
         state = adapter_state(self._on_meta(model, layout))
         return sum(tensor.numel() for tensor in state.values()) - module_parameters(model, head_modules(model))
 
-    def metadata(self, model: nn.Module) -> dict[str, str]:
+    def notes(self, model: nn.Module) -> dict[str, str]:
         import torch
 
         return {STREAMS: _streams().hexdigest(), "torch_version": str(torch.__version__)} if self._draws_again else {}
 
-    def check_metadata(self, model: nn.Module, metadata: dict[str, str], folder: Path) -> None:
-        if self._draws_again and metadata.get(STREAMS) != _streams().hexdigest():
+    def check_notes(self, model: nn.Module, notes: dict[str, str], folder: Path) -> None:
+        if self._draws_again and notes.get(STREAMS) != _streams().hexdigest():
             raise ArtifactError(
                 f"type '{self.type}' draws parts of {folder} again, and torch draws other numbers here than where it "
-                f"was trained; load it with torch {metadata.get('torch_version', 'of that time')}"
+                f"was trained; load it with torch {notes.get('torch_version', 'of that time')}"
             )
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -33,8 +34,10 @@ TASK_TYPES = {
 }
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
+NOTES = "peftkit"
+"""The only entry of the weights' metadata, as JSON: of several, safetensors writes now one first and now another."""
 LEFT_OUT = "left_out"
-"""Under this, the metadata of the weights name the targets that training left without any."""
+"""Under this, the notes name the targets that training left without any weights."""
 
 
 class FromPeft(Method):
@@ -73,7 +76,8 @@ class FromPeft(Method):
 
         config, state = self.saved_form(model)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"} | self.metadata(model))
+        notes = self.notes(model)
+        save_file(tensors, folder / WEIGHTS, metadata={NOTES: json.dumps(notes)} if notes else {"format": "pt"})
         config.inference_mode = True
         # peft keeps targets in a set, whose order varies by process, and adds heads that it has been told already
         for name in ("target_modules", "feedforward_modules", "modules_to_save"):
@@ -93,7 +97,8 @@ class FromPeft(Method):
         base: Any = backbone.model
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved, metadata = set(file.keys()), file.metadata() or {}
-        self._refuse_missing(targets, saved, metadata, base, folder)
+        notes: dict[str, str] = json.loads(metadata.get(NOTES, "{}"))
+        self._refuse_missing(targets, saved, notes, base, folder)
         try:
             with quiet_libraries(), quiet_peft():
                 model = PeftModel.from_pretrained(base, folder)
@@ -104,14 +109,14 @@ class FromPeft(Method):
         differing = sorted(saved ^ set(adapter_state(model)))
         if differing:
             raise ArtifactError(f"{folder} does not fit its configuration: it differs in {', '.join(differing[:3])}")
-        self.check_metadata(model, metadata, folder)
+        self.check_notes(model, notes, folder)
         return self.prepared(model).requires_grad_(False)
 
     def _refuse_missing(
-        self, targets: list[Target], saved: set[str], metadata: dict[str, str], base: nn.Module, folder: Path
+        self, targets: list[Target], saved: set[str], notes: dict[str, str], base: nn.Module, folder: Path
     ) -> None:
         """Refuse a file without tensors of some target, as one of a flatter backbone is: peft would leave it out."""
-        left_out = set(metadata.get(LEFT_OUT, "").split())
+        left_out = set(notes.get(LEFT_OUT, "").split())
         prefixes = tuple(f"base_model.model.{target.name}." for target in targets if target.name not in left_out)
         lost = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in saved)]
         if lost:
@@ -133,11 +138,11 @@ class FromPeft(Method):
         """The peft model, with what the method mends in it; called when it was attached and when it was loaded."""
         return model
 
-    def metadata(self, model: nn.Module) -> dict[str, str]:
+    def notes(self, model: nn.Module) -> dict[str, str]:
         """What the saved file says of itself beside its tensors."""
         return {}
 
-    def check_metadata(self, model: nn.Module, metadata: dict[str, str], folder: Path) -> None:
+    def check_notes(self, model: nn.Module, notes: dict[str, str], folder: Path) -> None:
         """Refuse a loaded model that is not the one that was saved.
 
         Raises:

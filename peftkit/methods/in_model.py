@@ -23,7 +23,7 @@ class InModel(Method):
     def save(self, model: nn.Module, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file(self.saved_tensors(model), folder / WEIGHTS, metadata={"format": "pt", "method": self.kind})
+        save_file(self.saved_tensors(model), folder / WEIGHTS, metadata={"method": self.kind})
         follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:

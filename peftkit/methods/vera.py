@@ -64,18 +64,18 @@ class VeRA(FromPeft):
             task_type=task_type(backbone.model),
         )
 
-    def metadata(self, model: nn.Module) -> dict[str, str]:
+    def notes(self, model: nn.Module) -> dict[str, str]:
         import torch
 
         return {HASH: _projections_sha256(model).hexdigest(), TORCH: str(torch.__version__)}
 
-    def check_metadata(self, model: nn.Module, metadata: dict[str, str], folder: Path) -> None:
+    def check_notes(self, model: nn.Module, notes: dict[str, str], folder: Path) -> None:
         import torch
 
-        if metadata.get(HASH) != _projections_sha256(model).hexdigest():
+        if notes.get(HASH) != _projections_sha256(model).hexdigest():
             raise ArtifactError(
                 f"the random projections of {folder} come out otherwise here, with torch {torch.__version__}, than "
-                f"where it was trained, with torch {metadata.get(TORCH, 'unknown')}; load it with that version and "
+                f"where it was trained, with torch {notes.get(TORCH, 'unknown')}; load it with that version and "
                 "with the backbone.dtype of training"
             )
 
