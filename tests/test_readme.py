@@ -35,10 +35,21 @@ def test_every_file_that_is_linked_exists() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_figures_are_those_of_the_result_file() -> None:
+@pytest.mark.parametrize("name", ["recipes", "reuters_r8"])
+def test_the_figures_are_those_of_the_result_file(name: str) -> None:
     module = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
-    results = json.loads((ROOT / "benchmarks" / "results" / "recipes.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert module["summary"](results["runs"]) in README
+
+
+@pytest.mark.parametrize(("family", "methods"), [("reuters_r8_smollm2", 2), ("reuters_r8", 11)])
+def test_every_method_beats_the_head_alone(family: str, methods: int) -> None:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "reuters_r8.json").read_text())["runs"]
+    split = [(run["config"].partition(f"{family}_")[2], run["scores"]["after"]["accuracy"]) for run in runs]
+    scores = {kind: score for kind, score in split if kind and not kind.startswith("smollm2_")}
+    head = scores.pop("head")
+    assert len(scores) >= methods
+    assert min(scores.values()) > head
 
 
 def test_every_command_is_one_that_the_parser_knows(monkeypatch: pytest.MonkeyPatch) -> None:
