@@ -1,6 +1,10 @@
 """AdaLoRA: a rank budget that falls during training, shared out among the matrices by importance.
 
     accelerate launch recipes/adalora.py --config recipes/configs/reuters_r8_adalora.yaml method.target_rank=4
+
+reuters_r8_adalora.yaml, seed 1: test accuracy 0.9621 (the head alone 0.8040) in 250 steps, total rank 432 → 288;
+501,176 parameters train, 347,528 are saved; 1.41 GiB.
+Raw figures: benchmarks/results/reuters_r8.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys

@@ -3,6 +3,9 @@
     accelerate launch recipes/bottleneck_adapters.py --config recipes/configs/reuters_r8_bottleneck.yaml
 
 method.placement is houlsby, pfeiffer (unless it is given) or parallel.
+
+reuters_r8_bottleneck.yaml, seed 1: test accuracy 0.9196 (the head alone 0.8040) in 250 steps, 1.12 GiB.
+Raw figures: benchmarks/results/reuters_r8.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 # Not called bottleneck.py: a script's folder is first on the import path, and pandas imports a package of that name.

@@ -2,7 +2,11 @@
 
     accelerate launch recipes/partial.py --config recipes/configs/reuters_r8_bitfit.yaml
 
-reuters_r8_layernorm.yaml and reuters_r8_top_layers.yaml are the other two. Not yet measured.
+reuters_r8_layernorm.yaml and reuters_r8_top_layers.yaml are the other two.
+
+Test accuracy on Reuters R8 in 250 steps, seed 1 (the head alone 0.8040): bitfit 0.8333,
+layernorm 0.9475, top_layers 0.9616.
+Raw figures: benchmarks/results/reuters_r8.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys

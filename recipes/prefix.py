@@ -3,6 +3,10 @@
     accelerate launch recipes/prefix.py --config recipes/configs/reuters_r8_prefix.yaml method.length=40
 
 With method.reparametrization_size=512 they are trained through an MLP, which is not saved.
+
+reuters_r8_prefix.yaml, seed 1: test accuracy 0.9493 (the head alone 0.8040) in 250 steps, 1.07 GiB.
+reuters_r8_smollm2_prefix.yaml: 0.9032 (the head alone 0.8351) in 150 steps, 1.47 GiB.
+Raw figures: benchmarks/results/reuters_r8.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys
