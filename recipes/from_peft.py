@@ -4,6 +4,10 @@
     accelerate launch recipes/from_peft.py --config recipes/configs/reuters_r8_peft.yaml method.type=lokr method.r=8
 
 method.kind is ia3, vera, prompt, p_tuning, or peft with the name and the fields of one of peft's methods.
+
+Test accuracy on Reuters R8 in 250 steps, seed 1 (the head alone 0.8040): ia3 0.9571, vera 0.9698,
+prompt 0.9223, p_tuning 0.8534, peft with loha 0.9520.
+Raw figures: benchmarks/results/reuters_r8.json, by benchmarks/recipes.py. Not yet measured on a GPU.
 """
 
 import sys
