@@ -65,3 +65,9 @@ class TrainingError(PeftkitError):
 
 class ArtifactError(PeftkitError):
     """A run folder, adapter or merged model that cannot be written, read or trusted."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its kind where it says nothing; cut at 200 characters."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first if len(first) <= 200 else f"{first[:199]}…"

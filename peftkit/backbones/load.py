@@ -13,7 +13,7 @@ from peftkit.backbones.download import PREFIX
 from peftkit.backbones.layouts import Layout, layout_for
 from peftkit.backbones.modules import head_modules
 from peftkit.disk import file_sha256
-from peftkit.errors import BackboneError, UsageError
+from peftkit.errors import BackboneError, UsageError, first_line
 from peftkit.quiet import quiet_libraries
 from peftkit.schema import Section
 
@@ -102,7 +102,7 @@ def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> Pr
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
+        raise BackboneError(f"no usable tokenizer in {folder}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise BackboneError(f"{folder} has no fast tokenizer (tokenizer.json), which aligning words needs")
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
-            f"{folder / CONFIG} is not a configuration transformers knows: {_first_line(error)}"
+            f"{folder / CONFIG} is not a configuration transformers knows: {first_line(error)}"
         ) from error
 
 
@@ -191,7 +191,7 @@ def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = auto.from_config(config)
     except ValueError as error:
-        raise BackboneError(f"'{config.model_type}' cannot serve this task: {_first_line(error)}") from error
+        raise BackboneError(f"'{config.model_type}' cannot serve this task: {first_line(error)}") from error
     return model
 
 
@@ -215,7 +215,7 @@ def _load_model(folder: Path, config: PretrainedConfig, head: Head, dtype: Any) 
                 output_loading_info=True,
             )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged checkpoint
-        raise BackboneError(f"cannot load {folder} as {head.model_class}: {_first_line(error)}") from error
+        raise BackboneError(f"cannot load {folder} as {head.model_class}: {first_line(error)}") from error
     mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
 
@@ -256,12 +256,6 @@ def _from_hub(settings: BackboneSettings, files: Sequence[str]) -> Path:
         )
     except Exception as error:  # huggingface_hub raises its own, httpx's and OS errors alike
         raise BackboneError(
-            f"cannot get '{settings.name}' from the hub: {_first_line(error)}; it is neither a folder here nor "
+            f"cannot get '{settings.name}' from the hub: {first_line(error)}; it is neither a folder here nor "
             "`bundled:` (`peftkit fetch --list`)"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    first = text.splitlines()[0]
-    return first if len(first) <= 200 else f"{first[:199]}…"

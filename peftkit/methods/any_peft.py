@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from peftkit.backbones.load import Backbone
 from peftkit.backbones.modules import head_modules, named, norms, number_free_tails
 from peftkit.backbones.targets import Target
-from peftkit.errors import ArtifactError, MethodError, NotMergeable, PeftkitError
+from peftkit.errors import ArtifactError, MethodError, NotMergeable, PeftkitError, first_line
 from peftkit.methods.base import lost_to_rounding, module_parameters, trained_parameters
 from peftkit.methods.from_peft import FromPeft, adapter_state, are_transposed, quiet_peft, task_type
 from peftkit.methods.ia3 import scales_input
@@ -97,7 +97,7 @@ class Peft(FromPeft):
             return super().merge(model)
         except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
             raise NotMergeable(
-                f"peft does not merge type '{self.type}' here ({_first_line(error)}); ship the run folder, which "
+                f"peft does not merge type '{self.type}' here ({first_line(error)}); ship the run folder, which "
                 "`peftkit predict` and peft load"
             ) from error
 
@@ -189,7 +189,7 @@ class Peft(FromPeft):
         except PeftkitError:
             raise
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             if isinstance(error, NotImplementedError) and "meta" in reason:
                 reason = "what it adds depends on the weights' values, so it cannot be counted before they load"
             raise MethodError(f"peft cannot put type '{self.type}' on this model: {reason}") from error
@@ -262,8 +262,3 @@ def _streams() -> Any:
     source = torch.Generator().manual_seed(0)
     drawn = (torch.rand(99, generator=source), torch.randn(99, generator=source), torch.randperm(99, generator=source))
     return hashlib.sha256(b"".join(one.numpy().tobytes() for one in drawn))
-
-
-def _first_line(error: BaseException) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return first if len(first) <= 200 else f"{first[:199]}…"
