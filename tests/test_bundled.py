@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -17,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,8 +333,20 @@ def test_an_unreachable_index_is_named(tiny: Bundle, monkeypatch: pytest.MonkeyP
     assert "pip config list" in message
 
 
+def test_import_hooks_are_not_asked_about_pip(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """setuptools' hook would throw the whole of distutils out of sys.modules, with a warning, when asked for pip."""
+
+    class Hook:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            assert name != "pip"
+
+    monkeypatch.setattr(sys, "meta_path", [Hook, *sys.meta_path])
+    assert bundled.fetch("tiny").is_dir()
+
+
 def test_without_pip_it_says_how_to_get_it(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda name: None)
     with pytest.raises(FetchError, match="this Python has no pip; install it with `python -m ensurepip`"):
         bundled.fetch("tiny")
 

