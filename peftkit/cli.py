@@ -43,8 +43,9 @@ def evaluate(options: argparse.Namespace) -> None:
         say(json.dumps({"data": rows.source, "scores": scores.values, "per_class": scores.per_class}, indent=2))
         return
     say(scores_table({str(options.run): scores}, rows.source))
-    say()
-    say(per_class_table(scores))
+    if scores.per_class:
+        say()
+        say(per_class_table(scores))
 
 
 def predict(options: argparse.Namespace) -> None:

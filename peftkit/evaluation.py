@@ -46,14 +46,16 @@ def evaluate(
     return Evaluation(split, scores, predictions)
 
 
-def majority(task: Task, train: Split, split: Split) -> Evaluation:
-    """The score of always answering with the most frequent label of train."""
+def baselines(task: Task, train: Split, split: Split) -> dict[str, Evaluation]:
+    """`majority`: the score of an answer that ignores the input, where the task has such an answer."""
     predictions = task.majority(train.rows, split.rows, split.labels)
-    return Evaluation(split, task.score(predictions, split.rows, split.labels), predictions)
+    if predictions is None:
+        return {}
+    return {"majority": Evaluation(split, task.score(predictions, split.rows, split.labels), predictions)}
 
 
 def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator) -> list[Prediction]:
-    """Predictions in the order of the split, each exactly once whatever the number of processes.
+    """The prediction of each row, in the order of the split, the same for any number of processes.
 
     Batches hold examples of similar length; every process takes every n-th batch.
 
@@ -78,7 +80,7 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
         found = gather_object(found)
     predictions = [prediction for _, prediction in sorted(found, key=lambda item: item[0])]
     _refuse_nan(predictions, split)
-    return predictions
+    return task.join(predictions, split.encoded, split.rows, split.tokenizer)
 
 
 def _refuse_nan(predictions: Sequence[Prediction], split: Split) -> None:
@@ -88,6 +90,6 @@ def _refuse_nan(predictions: Sequence[Prediction], split: Split) -> None:
             json.dumps(prediction, allow_nan=False)
         except ValueError:
             raise TrainingError(
-                f"the model's probabilities are not numbers at {split.rows.where(index)}; its weights hold NaN or "
+                f"the model's probabilities are not numbers at {split.where(index)}; its weights hold NaN or "
                 "infinity: check the backbone, or train again with a lower training.learning_rate"
             ) from None

@@ -14,7 +14,7 @@ from peftkit.backbones.load import load
 from peftkit.config import Run, in_folder, run_id
 from peftkit.data.sources import Splits
 from peftkit.errors import UsageError
-from peftkit.evaluation import Evaluation, evaluate, majority
+from peftkit.evaluation import Evaluation, baselines, evaluate
 from peftkit.prepare import prepare
 from peftkit.report import announce, report
 from peftkit.session import start
@@ -55,12 +55,10 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     accelerator = start(run, needs_data=splits is None)
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
-    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
     announce(run, data, model, accelerator)
-    evaluations = {
-        "majority": majority(run.task, data.train, data.test),
-        "before": evaluate(model, run.task, data.test, accelerator, metrics),
-    }
+    evaluations = baselines(run.task, data.train, data.test)
+    evaluations["before"] = evaluate(model, run.task, data.test, accelerator, metrics)
     record = train_model(model, run, data, accelerator, metrics)
     evaluations["after"] = evaluate(model, run.task, data.test, accelerator, metrics)
     folder = save(run, data, backbone, model, record, evaluations, accelerator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,9 @@ from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import Head, load_tokenizer, longest_input, meta_model, read_config, resolve_config
 from peftkit.backbones.modules import architecture
 from peftkit.config import Run
-from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.data.sources import Splits
-from peftkit.errors import MethodError, UsageError
+from peftkit.errors import DataError, MethodError, UsageError
 from peftkit.tasks.base import Encoded, Task
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Raw rows and their token ids; index i is the same example in both."""
+    """Raw rows and their token ids; `encoded.owner(i)` is the row of example i."""
 
     name: str
     rows: Rows
@@ -35,9 +35,14 @@ class Split:
     """The token id that fills batches up."""
     batch_size: int
     """Examples in one forward pass of an evaluation."""
+    tokenizer: PreTrainedTokenizerBase
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def where(self, example: int) -> str:
+        """The place of origin of an example."""
+        return self.rows.where(self.encoded.owner(example))
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,18 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
     )
     try:
-        run.method.check_steps(run.training.total_steps(len(train)))
+        run.method.check_steps(run.training.total_steps(len(train.encoded)))
     except MethodError as error:
         raise UsageError(f"method: {error}") from error
     test = encode_split(run, "test", splits.test, head, tokenizer) if splits.test is not None else dev
     notes = [
         *splits.notes,
-        *(_truncation(run.task, split) for split in {train.name: train, test.name: test}.values()),
+        *(note for split in {train.name: train, test.name: test}.values() for note in _losses(run.task, split)),
     ]
     if splits.test is None:
         notes.append("no test split: the final figures are of dev, which chose the weights: read them with care")
-    counts = Counter(_label_ids(train))
-    weights = run.task.loss.class_weights([counts[index] for index in range(len(head.labels))])
-    return Prepared(train, dev, test, head, tokenizer, tuple(weights), tuple(note for note in notes if note))
+    weights = run.task.class_weights(train.encoded, head.labels)
+    return Prepared(train, dev, test, head, tokenizer, tuple(weights), tuple(notes))
 
 
 def encode_split(
@@ -96,8 +100,10 @@ def encode_split(
 ) -> Split:
     """Rows with their token ids, and label ids when `supervised`."""
     encoded = run.task.encode(rows, tokenizer, head.labels, supervised)
+    if not encoded.examples:
+        raise DataError(f"{rows.source}: no row is left to {'learn from' if supervised else 'predict'}{_why(encoded)}")
     pad_id = int(tokenizer.pad_token_id or 0)
-    return Split(name, rows, encoded, head.labels, pad_id, run.training.evaluation_batch_size)
+    return Split(name, rows, encoded, head.labels, pad_id, run.training.evaluation_batch_size, tokenizer)
 
 
 def _check_length(run: Run, limit: int | None) -> None:
@@ -123,17 +129,17 @@ def _check_method(run: Run, head: Head) -> None:
         raise UsageError(f"method: {error}") from error
 
 
-def _label_ids(split: Split) -> list[int]:
-    found: list[int] = []
-    for example in split.encoded.examples:
-        labels = example["labels"]
-        found.extend([labels] if isinstance(labels, int) else [one for one in labels if one != IGNORED])
-    return found
+def _why(encoded: Encoded) -> str:
+    reasons = Counter(encoded.dropped.values())
+    return f" ({', '.join(f'{count:,} {reason}' for reason, count in reasons.items())})" if reasons else ""
 
 
-def _truncation(task: Task, split: Split) -> str:
-    cut = split.encoded.truncated
-    if not cut:
-        return ""
-    share = 100 * cut / len(split)
-    return f"{split.name}: {cut:,} of {len(split):,} rows ({share:.1f} %) are cut at {task.max_length} tokens"
+def _losses(task: Task, split: Split) -> Iterator[str]:
+    """What of a split the model does not get to see."""
+    cut, dropped = split.encoded.truncated, split.encoded.dropped
+    if cut:
+        share = 100 * cut / len(split)
+        yield f"{split.name}: {cut:,} of {len(split):,} rows ({share:.1f} %) are cut at {task.max_length} tokens"
+    if dropped:
+        first = split.rows.where(next(iter(dropped)))
+        yield f"{split.name}: {len(dropped):,} of {len(split):,} rows are dropped{_why(split.encoded)}, e.g. {first}"

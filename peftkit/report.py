@@ -30,11 +30,10 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
     """Say what is about to be trained, exactly, before it starts."""
     trained = sum(map(numel, trained_parameters(model).values()))
     total = sum(map(numel, model.parameters()))
-    steps = run.training.total_steps(len(data.train))
+    steps = run.training.total_steps(len(data.train.encoded))
     say(f"backbone  {run.backbone.name} ({run.backbone.dtype})")
     say(f"method    {run.method.kind}: {trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)")
-    names = ", ".join(data.head.labels[:8]) + (", …" if len(data.head.labels) > 8 else "")
-    say(f"task      {run.task.kind}: {len(data.head.labels)} labels ({names})")
+    say(f"task      {run.task.kind}{_labels(data.head.labels)}")
     say(f"data      {len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} {data.test.name} rows")
     for note in data.notes:
         say(f"          {note}")
@@ -43,6 +42,11 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
         f"training  {steps:,} steps of {run.training.batch_size} examples, {run.training.precision}, "
         f"{processes} on {_device(accelerator)}, seed {run.training.seed}"
     )
+
+
+def _labels(labels: Sequence[str]) -> str:
+    names = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
+    return f": {len(labels)} labels ({names})" if labels else ""
 
 
 def _device(accelerator: Accelerator) -> str:
@@ -60,8 +64,9 @@ def report(run: Run, record: TrainRecord, evaluations: Mapping[str, Evaluation])
     after = evaluations["after"]
     say()
     say(scores_table({name: one.scores for name, one in evaluations.items()}, after.split.name))
-    say()
-    say(per_class_table(after.scores))
+    if after.scores.per_class:
+        say()
+        say(per_class_table(after.scores))
     say()
     say(
         f"{record.steps:,} steps (best: {record.best_step:,}) in {record.seconds:.1f} s, "

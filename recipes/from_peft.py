@@ -16,7 +16,7 @@ from peftkit.artifacts.store import save
 from peftkit.backbones.load import load
 from peftkit.config import read_run
 from peftkit.console import guard
-from peftkit.evaluation import evaluate, majority
+from peftkit.evaluation import baselines, evaluate
 from peftkit.methods.from_peft import FromPeft
 from peftkit.prepare import prepare
 from peftkit.report import announce, report
@@ -29,9 +29,9 @@ def main() -> None:
     accelerator = start(run)
     data = prepare(run)
     backbone = load(run.backbone, data.head)
-    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train)))
+    model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
     announce(run, data, model, accelerator)
-    scores = {"majority": majority(run.task, data.train, data.test)}
+    scores = baselines(run.task, data.train, data.test)
     scores["before"] = evaluate(model, run.task, data.test, accelerator)
     record = train(model, run, data, accelerator)
     scores["after"] = evaluate(model, run.task, data.test, accelerator)

@@ -20,7 +20,7 @@ from peftkit.data.files import Rows, read_file
 from peftkit.data.sources import DataSettings, splits_from
 from peftkit.errors import DataError, UsageError
 from peftkit.tasks import SequenceClassification, TokenClassification
-from peftkit.tasks.losses import CrossEntropy, Focal, LabelSmoothed, Weighted, summed_loss, supervised_weight
+from peftkit.tasks.losses import CrossEntropy, Focal, LabelSmoothed, Weighted, summed_loss
 from peftkit.tasks.token_classification import entity_spans, split_words
 
 SOMEWHERE = DataSettings(train="train.jsonl")
@@ -359,7 +359,8 @@ class TestLosses:
         return logits, labels
 
     def mean(self, loss: Any, logits: torch.Tensor, labels: torch.Tensor, weights: list[float]) -> torch.Tensor:
-        return summed_loss(loss, logits, labels, torch.tensor(weights)) / supervised_weight(labels.tolist(), weights)
+        weight = sequence().example_weight({"labels": labels.tolist()}, weights)
+        return summed_loss(loss, logits, labels, torch.tensor(weights)) / weight
 
     def test_cross_entropy(self, batch: Any) -> None:
         weights = CrossEntropy().class_weights([5, 1, 1, 1])

@@ -99,7 +99,7 @@ def load_run(folder: str | Path) -> SavedRun:
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
     run = read_saved_config(folder)
-    head = Head(manifest["head"]["model_class"], tuple(manifest["head"]["labels"]), manifest["head"]["pretokenized"])
+    head = Head.from_dict(manifest["head"])
     backbone = load(_found_again(run.backbone, manifest), head)
     expected = manifest["backbone"]["weights_sha256"]
     if backbone.weights_sha256 != expected:

@@ -40,9 +40,34 @@ class Head:
 
     model_class: str
     """A transformers auto class, such as AutoModelForSequenceClassification."""
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    """In the order of the outputs; none where the outputs are not classes, as in a language model."""
     pretokenized: bool = False
     """The task's texts come as words, not as one string."""
+    outputs: int | None = None
+    """Width of the head where it is not the number of labels."""
+    problem_type: str | None = None
+    """What transformers' pipelines are to make of the outputs, such as `multi_label_classification`."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens that the task adds to the tokenizer; their embeddings are trained with every method."""
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Head:
+        """What `dataclasses.asdict` and JSON made of a head."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+        }
+        return cls(**values)
+
+    def configure(self, config: Any) -> None:
+        """Tell a model's configuration about the outputs."""
+        if self.labels:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: index for index, label in enumerate(self.labels)}
+        if self.problem_type:
+            config.problem_type = self.problem_type
+        if self.labels or self.outputs:
+            config.num_labels = self.outputs or len(self.labels)
 
 
 @dataclass
@@ -186,7 +211,7 @@ def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
 
     auto = getattr(transformers, head.model_class if head else "AutoModel")
     if head:
-        config.num_labels = len(head.labels)
+        head.configure(config)
     try:
         with torch.device("meta"):
             model: nn.Module = auto.from_config(config)
@@ -199,9 +224,7 @@ def _load_model(folder: Path, config: PretrainedConfig, head: Head, dtype: Any) 
     """The model, and the names of the parameters that the checkpoint did not have."""
     import transformers
 
-    config.num_labels = len(head.labels)
-    config.id2label = dict(enumerate(head.labels))
-    config.label2id = {label: index for index, label in enumerate(head.labels)}
+    head.configure(config)
     try:
         with quiet_libraries():
             model, info = getattr(transformers, head.model_class).from_pretrained(

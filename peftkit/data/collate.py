@@ -13,26 +13,30 @@ IGNORED = -100
 
 
 def collate(examples: Sequence[dict[str, Any]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Pad on the right to the longest example.
+    """Pad on the right: token ids to the longest example, labels to the longest labels.
 
     Returns:
         input_ids, attention_mask and any token_type_ids of shape (examples, tokens); labels of shape (examples,) or
-        (examples, tokens); `words` stays a list.
+        (examples, most labels); other numbers of shape (examples,). What else an example holds stays a list.
     """
     import torch
 
-    longest = max(len(example["input_ids"]) for example in examples)
-    fills = {"input_ids": pad_id, "token_type_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    fills = {"input_ids": pad_id, "token_type_ids": 0, "labels": IGNORED}
     batch: dict[str, Any] = {}
     for key in examples[0]:
         column = [example[key] for example in examples]
-        if key == "words":
-            batch[key] = column
-        elif isinstance(column[0], int):
+        if isinstance(column[0], int | float):
             batch[key] = torch.tensor(column, device=device)
+        elif key in fills:
+            batch[key] = torch.tensor(padded(column, fills[key]), device=device)
         else:
-            rows = [list(row) + [fills[key]] * (longest - len(row)) for row in column]
-            batch[key] = torch.tensor(rows, device=device)
+            batch[key] = column
     lengths = torch.tensor([len(example["input_ids"]) for example in examples], device=device)
-    batch["attention_mask"] = (torch.arange(longest, device=device) < lengths[:, None]).long()
+    batch["attention_mask"] = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).long()
     return batch
+
+
+def padded(rows: Sequence[Sequence[Any]], fill: int) -> list[list[Any]]:
+    """Rows filled up on the right to the longest."""
+    longest = max(map(len, rows))
+    return [[*row, *[fill] * (longest - len(row))] for row in rows]

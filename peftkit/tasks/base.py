@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from peftkit.backbones.load import Head
+from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.data.sources import DataSettings, Splits, read_splits
 from peftkit.errors import DataError, UsageError
 from peftkit.metrics.extra import AnyMetric
 from peftkit.schema import Section, nearest
-from peftkit.tasks.losses import AnyLoss, CrossEntropy
+from peftkit.tasks.losses import AnyLoss, CrossEntropy, summed_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,14 +30,22 @@ Prediction = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one split; `examples[i]` belongs to `rows.records[i]`."""
+    """Token ids of one split. An example is what goes through the model at once: a row, or a window of one."""
 
     examples: list[Example]
     truncated: int
     """Rows cut at the maximum length."""
+    owners: Sequence[int] | None = None
+    """The index of the row that each example belongs to, ascending; None: every row is one example."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Rows (by index) that have no example, and why; only ever rows of train."""
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def owner(self, index: int) -> int:
+        """The index of the row that example `index` belongs to."""
+        return index if self.owners is None else self.owners[index]
 
     @property
     def lengths(self) -> list[int]:
@@ -48,23 +58,28 @@ class Scores:
     """How good a set of predictions is."""
 
     headline: str
-    """The name in `values` that early stopping watches; higher is better."""
+    """The name in `values` that early stopping watches."""
     values: dict[str, float]
     per_class: list[dict[str, Any]] = field(default_factory=list)
     """One row a class or entity type: name, precision, recall, f1, support."""
     examples: int = 0
+    lower_is_better: bool = False
+    """Of the headline: true of losses, errors and perplexity."""
 
     @property
     def value(self) -> float:
         """The headline figure."""
         return self.values[self.headline]
 
+    @property
+    def goodness(self) -> float:
+        """The headline figure with the sign that makes more better."""
+        return -self.value if self.lower_is_better else self.value
+
 
 class Task(Section, ABC):
     """What is to be learnt, from which columns of which data."""
 
-    headline: ClassVar[str]
-    """The score that early stopping watches; higher is better."""
     kind: str
     data: DataSettings | None = None
     """Left out only where the rows are handed over in Python: `peftkit.train(run, splits=…)`."""
@@ -80,9 +95,18 @@ class Task(Section, ABC):
             raise ValueError("data is missing: name a file as data.train, or a data set as data.name")
         return self
 
+    @property
     @abstractmethod
-    def label_column(self) -> str:
-        """The column that holds what is to be predicted."""
+    def headline(self) -> str:
+        """The score that early stopping watches."""
+
+    @abstractmethod
+    def label_column(self) -> str | None:
+        """The column of classes that a carved dev split is stratified by, where there is one."""
+
+    def while_training(self) -> Task:
+        """The task as dev is scored during training: without what takes long, such as generating text."""
+        return self
 
     def splits(self) -> Splits:
         """Raw rows of train, dev and test, as the configuration names them.
@@ -112,9 +136,28 @@ class Task(Section, ABC):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits with the classes last; leading dimensions as in `batch["labels"]`."""
 
+    def class_weights(self, encoded: Encoded, labels: Sequence[str]) -> list[float]:
+        """The weight of each class in the loss, from how often it occurs in training."""
+        counts = Counter(label for example in encoded.examples for label in _supervised(example))
+        return self.loss.class_weights([counts[index] for index in range(len(labels))])
+
+    def example_weight(self, example: Example, class_weights: Sequence[float]) -> float:
+        """What an example adds to the weight that the step's loss is divided by; 0 where nothing is supervised."""
+        return sum(class_weights[label] for label in _supervised(example))
+
+    def summed_loss(self, model: nn.Module, batch: Batch, class_weights: Tensor) -> Tensor:
+        """Σ weight · loss over the supervised items of a batch; a scalar in float32."""
+        return summed_loss(self.loss, self.logits(model, batch), batch["labels"], class_weights)
+
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, labels: Sequence[str]) -> list[Prediction]:
         """One JSON-able prediction an example."""
+
+    def join(
+        self, found: Sequence[Prediction], encoded: Encoded, rows: Rows, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Prediction]:
+        """The prediction of each row, from those of its examples; what `predict` left as token ids becomes text."""
+        return list(found)
 
     @abstractmethod
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
@@ -139,8 +182,14 @@ class Task(Section, ABC):
         """(predictions, references) as `evaluate` modules take them."""
 
     @abstractmethod
-    def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction]:
-        """The answer that ignores the input: always the most frequent label of train."""
+    def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction] | None:
+        """The answer that ignores the input, such as the most frequent label of train; None where there is none."""
+
+
+def _supervised(example: Example) -> list[int]:
+    """The label ids of an example that count."""
+    labels = example["labels"]
+    return [labels] if isinstance(labels, int) else [label for label in labels if label != IGNORED]
 
 
 def refuse_rows(rows: Rows, indices: Sequence[int], what: str, mend: str) -> None:

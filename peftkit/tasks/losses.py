@@ -85,11 +85,6 @@ _LossName = Literal["cross_entropy", "weighted", "label_smoothed", "focal"]
 AnyLoss = Annotated[_Loss, BeforeValidator(_loss_by_name, json_schema_input_type=_Loss | _LossName)]
 
 
-def supervised_weight(labels: Sequence[int], class_weights: Sequence[float]) -> float:
-    """Σ weight of the supervised items, what the step's loss is divided by."""
-    return float(sum(class_weights[label] for label in labels if label != IGNORED))
-
-
 def summed_loss(loss: CrossEntropy, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
     """Σ weight · loss, a scalar, over items whose label is not `IGNORED`; in float32."""
     kept = labels != IGNORED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
@@ -24,7 +24,6 @@ NUMBER = re.compile(r"-?\d+")
 class SequenceClassification(Task):
     """Sentiment, topic, intent, paraphrase: two or more classes, one per row."""
 
-    headline: ClassVar[str] = "accuracy"
     kind: Literal["sequence_classification"] = "sequence_classification"
     text: str = "text"
     text_pair: str | None = None
@@ -42,6 +41,10 @@ class SequenceClassification(Task):
         if labels is not None and (len(set(labels)) != len(labels) or len(labels) < 2):
             raise ValueError("labels must be two or more different names")
         return labels
+
+    @property
+    def headline(self) -> str:
+        return "accuracy"
 
     def label_column(self) -> str:
         return self.label

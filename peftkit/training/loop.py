@@ -17,7 +17,6 @@ from peftkit.methods.base import numel, trained_parameters
 from peftkit.prepare import Prepared
 from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
-from peftkit.tasks.losses import summed_loss, supervised_weight
 from peftkit.training import batches, checkpoint
 from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.meter import Meter, peak_memory_bytes
@@ -73,7 +72,7 @@ class _Loop:
         import torch
 
         self.model, self.run, self.data, self.accelerator, self.metrics = model, run, data, accelerator, metrics
-        settings, examples = run.training, len(data.train)
+        settings, examples = run.training, len(data.train.encoded)
         self.total_steps = settings.total_steps(examples)
         self.lengths = data.train.encoded.lengths
         whole = settings.evaluate_every == "epoch"
@@ -86,6 +85,7 @@ class _Loop:
         self.schedule = make_schedule(optimizer, settings, self.total_steps)
         self.penalties: dict[str, float] = {}
         self.class_weights = torch.tensor(data.class_weights, device=accelerator.device)
+        self.task_on_dev = run.task.while_training()
         self.folder = run_folder(run)
         self.progress = Progress(run_id(run), data.fingerprint, accelerator.num_processes)
         states = {"optimizer": self.optimizer, "schedule": self.schedule}
@@ -189,18 +189,14 @@ class _Loop:
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
         batch = collate(examples, self.data.train.pad_id, self.accelerator.device)
         with self.accelerator.autocast():
-            logits = self.run.task.logits(self.wrapped, batch)
-        loss = summed_loss(self.run.task.loss, logits, batch["labels"], self.class_weights)
+            loss = self.run.task.summed_loss(self.wrapped, batch, self.class_weights)
         return loss if part.counted else loss * 0.0
 
     def _weight(self, batch: Sequence[int]) -> float:
-        labels: list[int] = []
-        for index in batch:
-            one = self.data.train.encoded.examples[index]["labels"]
-            labels.extend([one] if isinstance(one, int) else one)
-        weight = supervised_weight(labels, self.data.class_weights)
+        examples, weights = self.data.train.encoded.examples, self.data.class_weights
+        weight = float(sum(self.run.task.example_weight(examples[index], weights) for index in batch))
         if not weight:
-            places = ", ".join(self.data.train.rows.where(index) for index in list(batch)[:3])
+            places = ", ".join(self.data.train.where(index) for index in list(batch)[:3])
             raise TrainingError(
                 f"nothing to learn at step {self.progress.step + 1}: every label of its batch is masked ({IGNORED}), "
                 f"e.g. {places}; remove such rows or raise training.batch_size"
@@ -215,10 +211,10 @@ class _Loop:
         self.log.write(progress.step, figures)
         progress.evaluations.append({"step": progress.step} | figures)
         settled = self.run.method.is_settled(self.model)
-        better = settled and (progress.best_value is None or scores.value > progress.best_value)
+        better = settled and (progress.best_value is None or scores.goodness > progress.best_value)
         progress.evaluations_without_gain = 0 if better or not settled else progress.evaluations_without_gain + 1
         if better:
-            progress.best_value, progress.best_step = scores.value, progress.step
+            progress.best_value, progress.best_step = scores.goodness, progress.step
             if self.run.training.keep_best and self.accelerator.is_main_process:
                 self.checkpoints.save_best(progress.step)
         mark = " (best)" if better else ""
@@ -226,7 +222,7 @@ class _Loop:
 
     def _dev_scores(self) -> Scores:
         try:
-            return evaluate(self.model, self.run.task, self.data.dev, self.accelerator, self.metrics).scores
+            return evaluate(self.model, self.task_on_dev, self.data.dev, self.accelerator, self.metrics).scores
         except TrainingError as error:
             raise TrainingError(f"after step {self.progress.step}: {error}") from error
 
@@ -250,7 +246,7 @@ class _Loop:
             self.checkpoints.load_best(progress.best_step)
             self.meter.say(f"kept the weights of step {progress.best_step:,}, the best on dev")
         if accelerator.is_main_process:
-            learning_curve(progress, self.run.task.headline, self.folder)
+            learning_curve(progress, self.task_on_dev.headline, self.folder)
         self.model.eval()
         return TrainRecord(
             steps=progress.step,
