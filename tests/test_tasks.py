@@ -360,7 +360,8 @@ class TestLosses:
 
     def mean(self, loss: Any, logits: torch.Tensor, labels: torch.Tensor, weights: list[float]) -> torch.Tensor:
         weight = sequence().example_weight({"labels": labels.tolist()}, weights)
-        return summed_loss(loss, logits, labels, torch.tensor(weights)) / weight
+        kept = labels != IGNORED
+        return summed_loss(loss, logits[kept], labels[kept], torch.tensor(weights)) / weight
 
     def test_cross_entropy(self, batch: Any) -> None:
         weights = CrossEntropy().class_weights([5, 1, 1, 1])

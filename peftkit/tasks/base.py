@@ -145,9 +145,15 @@ class Task(Section, ABC):
         """What an example adds to the weight that the step's loss is divided by; 0 where nothing is supervised."""
         return sum(class_weights[label] for label in _supervised(example))
 
+    def supervised_logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (items, classes) and label ids (items,) of what is supervised in a batch."""
+        labels = batch["labels"]
+        kept = labels != IGNORED
+        return self.logits(model, batch)[kept], labels[kept]
+
     def summed_loss(self, model: nn.Module, batch: Batch, class_weights: Tensor) -> Tensor:
         """Σ weight · loss over the supervised items of a batch; a scalar in float32."""
-        return summed_loss(self.loss, self.logits(model, batch), batch["labels"], class_weights)
+        return summed_loss(self.loss, *self.supervised_logits(model, batch), class_weights)
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, labels: Sequence[str]) -> list[Prediction]:

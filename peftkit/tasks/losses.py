@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from peftkit.data.collate import IGNORED
 from peftkit.errors import DataError
 from peftkit.schema import Section
 
@@ -86,7 +85,5 @@ AnyLoss = Annotated[_Loss, BeforeValidator(_loss_by_name, json_schema_input_type
 
 
 def summed_loss(loss: CrossEntropy, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
-    """Σ weight · loss, a scalar, over items whose label is not `IGNORED`; in float32."""
-    kept = labels != IGNORED
-    kept_labels = labels[kept]
-    return (loss.item_losses(logits[kept].float(), kept_labels) * class_weights[kept_labels]).sum()
+    """Σ weight · loss, a scalar in float32, over `logits` (items, classes) and `labels` (items,)."""
+    return (loss.item_losses(logits.float(), labels) * class_weights[labels]).sum()
