@@ -81,7 +81,7 @@ class LanguageModel(Task, ABC):
         ]
 
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
-        """Loss in nats a supervised token over the whole split, its exponential, and the share of tokens ranked first."""
+        """Over the supervised tokens of all rows: nats a token, its exponential, and the share ranked first."""
         tokens = sum(prediction["tokens"] for prediction in predictions)
         loss = sum(prediction["nats"] for prediction in predictions) / tokens
         right = sum(prediction["right"] for prediction in predictions) / tokens
