@@ -11,10 +11,7 @@ import pytest
 
 from peftkit import shipped
 from peftkit.cli import main
-from peftkit.config import load_run
-from peftkit.schema import Section
 
-CONFIGS = list(shipped.configs())
 # rows enough that training has every label, and little work for each
 SHORT = ["training.max_steps=6", "training.batch_size=4", "training.evaluate_every=epoch", "task.max_length=8"]
 PLAIN = """
@@ -38,7 +35,8 @@ def reuters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short real run: LoRA on MiniLM, 240 rows of Reuters R8."""
     folder = tmp_path_factory.mktemp("reuters") / "run"
     config = shipped.folder() / "configs" / "reuters_r8_lora.yaml"
-    overrides = ["task.data.limit=240", "task.max_length=64", "training.epochs=4", f"output.folder={folder}"]
+    overrides = ["task.data.limit=240", "task.max_length=32", "training.learning_rate=3e-3"]
+    overrides += ["training.max_steps=100", "training.evaluate_every=100", f"output.folder={folder}"]
     assert main(["train", str(config), *overrides]) == 0
     return folder
 
@@ -67,16 +65,6 @@ def test_plain_peft_and_plain_transformers_compute_the_same(reuters: Path, tmp_p
     tolerance = 1e-5 * max(1.0, float(ours.abs().max()))
     for line in printed.splitlines():
         assert float((torch.tensor(json.loads(line)) - ours).abs().max()) <= tolerance
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_runs(config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if "PEFTKIT_DATA" in config.read_text():
-        request.getfixturevalue("real_data")
-    limit = f"task.data.limit={240 if 'reuters' in config.stem else 1000}"
-    assert main(["train", str(config), *SHORT, limit, f"output.folder={tmp_path / 'run'}"]) == 0
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert set(scores) == {"majority", "before", "after"}
 
 
 RECIPES = {
@@ -146,11 +134,3 @@ def _losses(folder: Path) -> list[str]:
     """The loss of every step, to the last bit."""
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [float(event["loss"]).hex() for event in events if "loss" in event]
-
-
-def test_shipped_configurations_share_one_data_root() -> None:
-    for config in CONFIGS:
-        data = load_run(config).task.data
-        assert isinstance(data, Section)
-        named = [value for value in (data.train, data.dev, data.test) if value]
-        assert data.name or all(value.startswith("${PEFTKIT_DATA}/") for value in named)
