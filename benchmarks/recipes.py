@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peftkit.config import load_run
+from peftkit.config import load_run, run_id
 from peftkit.environment import describe
 
 ROOT = Path(__file__).parent.parent
@@ -57,9 +57,15 @@ def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
         command = [*launch, str(ROOT / "recipes" / recipe)]
         command += ["--config", str(config), f"training.seed={seed}", f"output.folder={folder}"]
         subprocess.run(command, check=True)
+    asked, made = load_run(config, [f"training.seed={seed}"]), load_run(folder / "run.yaml")
+    if run_id(made) != run_id(asked):
+        raise SystemExit(f"{folder} holds another run than {config} describes; remove it, or name other --runs")
     manifest = json.loads((folder / "manifest.json").read_text())
+    after = json.loads((folder / "scores.json").read_text())["after"]
+    facts = {"config": name, "seed": seed, "task": asked.task.kind, "backbone": asked.backbone.name}
+    facts |= {"method": asked.method.kind} | {key: after[key] for key in ("headline", "lower_is_better", "examples")}
     keys = ("run_id", "scores", "training", "evaluated_on", "versions")
-    return {"config": name, "seed": seed} | {key: manifest[key] for key in keys}
+    return facts | {key: manifest[key] for key in keys}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
