@@ -6,10 +6,6 @@ import copy
 import itertools
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +36,6 @@ from peftkit.session import start
 from peftkit.training import batches, loop
 from peftkit.training.loop import TrainRecord, train
 
-ROOT = Path(__file__).parents[1]
 METHOD = {"kind": "adalora", "target_rank": 2, "initial_rank": 4, "alpha": 8}
 TRAINING = {"learning_rate": 0.01, "epochs": 3, "batch_size": 16, "seed": 1}  # 30 steps
 MATRICES, STEPS, WARMUP, LAST = 12, 30, 4, 17
@@ -767,36 +762,3 @@ def test_gradient_checkpointing_does_not_change_training(make_run: Callable[...,
     saving, other = trained(make_run(learning_rate=0.002, max_steps=8, gradient_checkpointing=True))
     assert saving.losses == pytest.approx(plain.losses, abs=1e-6)
     assert ranks_of(other) == ranks_of(model)
-
-
-# --- two processes ------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_train_like_one(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    one = make_run(folder="one", micro_batch_size=4, learning_rate=0.003, max_steps=20, keep_best=False)
-    two = make_run(folder="two", micro_batch_size=4, learning_rate=0.003, max_steps=20, keep_best=False)
-    launch(tmp_path / "config.yaml")
-    save_finished(one)
-    manifest = json.loads((folder_of(two) / "manifest.json").read_text())
-    assert manifest["training"]["processes"] == 2
-    for key in ("loss", "penalty", "total_rank"):
-        both = [[event[key] for event in events(run, key)] for run in (one, two)]
-        assert both[0] == pytest.approx(both[1], abs=1e-5)
-    configs = [json.loads((folder_of(run) / "adapter" / "adapter_config.json").read_text()) for run in (one, two)]
-    assert configs[0]["target_modules"] == configs[1]["target_modules"]
-    assert configs[0]["rank_pattern"] == configs[1]["rank_pattern"]
-    first, second = (load_file(folder_of(run) / "adapter" / "adapter_model.safetensors") for run in (one, two))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4)
-
-
-def launch(config: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
-    command += [str(ROOT / "recipes" / "adalora.py"), "--config", str(config)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr

@@ -6,13 +6,9 @@ import copy
 import inspect
 import json
 import math
-import os
 import pickle
 import re
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,6 @@ from architectures import (
     on_meta,
     save_checkpoint,
 )
-from conftest import write_jsonl
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_layouts import ENCODER_DECODERS, MODEL_TYPES
@@ -48,11 +43,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import peftkit.api
-from peftkit.artifacts.store import load_run
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.load import wrap
 from peftkit.backbones.modules import head_modules
-from peftkit.cli import main
 from peftkit.errors import MethodError, NotMergeable
 from peftkit.methods import METHODS, Bottleneck
 from peftkit.methods.base import module_parameters, trained_parameters
@@ -876,44 +869,3 @@ def test_it_is_registered() -> None:
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_train_like_one(write_config: Callable[..., Path], tmp_path: Path, toy_data: Path) -> None:
-    rows = [json.loads(line) for line in (toy_data / "sentiment_train.jsonl").read_text().splitlines()]
-    uneven = write_jsonl(tmp_path / "uneven.jsonl", rows[:33])  # batches of 16, 16 and 1
-    method = {"kind": "bottleneck", "placement": "parallel", "bottleneck_size": 8, "train_layernorm": True}
-    training = {"learning_rate": 0.003, "epochs": 3, "batch_size": 16, "micro_batch_size": 3, "seed": 1}
-    config = write_config(method=method, training=training)
-    _launch(config, f"task.data.train={uneven}", f"output.folder={tmp_path / 'two'}")
-    assert main(["train", str(config), f"task.data.train={uneven}", f"output.folder={tmp_path / 'one'}"]) == 0
-
-    both = [list(_losses(tmp_path / name)) for name in ("two", "one")]
-    assert len(both[0]) == 9
-    assert both[0] == pytest.approx(both[1], abs=1e-5)
-    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
-    assert manifest["training"]["processes"] == 2
-    two, one = (load_file(tmp_path / name / "adapter" / "trained.safetensors") for name in ("two", "one"))
-    assert two.keys() == one.keys()
-    assert all(tensor.abs().max() > 1e-3 for tensor in two.values())
-    assert all(float((two[name] - one[name]).abs().max()) < 1e-4 for name in two)
-    loaded = load_run(tmp_path / "two")
-    state = loaded.model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in two.items())
-
-
-def _losses(folder: Path) -> Iterator[float]:
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        if "loss" in (event := json.loads(line)):
-            yield event["loss"]
-
-
-def _launch(config: Path, *overrides: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launcher, "--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
-    command += [str(ROOT / "recipes" / "bottleneck_adapters.py"), "--config", str(config), *overrides]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,7 @@ import pytest
 import torch
 import transformers
 from architectures import CAUSAL, CONFIGS, IDS, MASK, SEQ2SEQ, SEQUENCE, TOKEN, evaluated, loss_of, tiny_config
-from conftest import save_word_tokenizer, write_jsonl
+from conftest import save_word_tokenizer
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,13 +21,11 @@ from transformers import AutoConfig, AutoTokenizer, BartConfig
 import peftkit.api
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import wrap
-from peftkit.cli import main
 from peftkit.errors import MethodError, NotMergeable
 from peftkit.methods import Prefix
 from peftkit.methods.base import trained_parameters
 from peftkit.methods.prefix import prefix_layers
 
-ROOT = Path(__file__).parents[1]
 LENGTH = 5
 GROUPED = CONFIGS["llama"]
 MORE: dict[str, dict[str, Any]] = {
@@ -734,40 +727,3 @@ class TestBadInput:
 
 
 WriteConfig = Callable[..., Path]
-
-
-def test_two_processes_train_like_one(write_config: WriteConfig, tmp_path: Path, toy_data: Path) -> None:
-    rows = [json.loads(line) for line in (toy_data / "sentiment_train.jsonl").read_text().splitlines()]
-    uneven = write_jsonl(tmp_path / "uneven.jsonl", rows[:33])  # batches of 16, 16 and 1
-    training = {"learning_rate": 0.003, "epochs": 3, "batch_size": 16, "micro_batch_size": 3, "seed": 1}
-    method = {"kind": "prefix", "length": 4, "reparametrization_size": 8}
-    config = write_config(training=training | {"gradient_checkpointing": True}, method=method)
-    overrides = [f"task.data.train={uneven}"]
-    _launch(2, config, *overrides, f"output.folder={tmp_path / 'two'}")
-    assert main(["train", str(config), *overrides, f"output.folder={tmp_path / 'one'}"]) == 0
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("two", "one")]
-    assert [manifest["training"]["processes"] for manifest in manifests] == [2, 1]
-    losses = [_losses(tmp_path / name) for name in ("two", "one")]
-    assert len(losses[0]) == 9
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert len(set(losses[0])) == 9
-    first, second = (load_file(tmp_path / name / "adapter" / "trained.safetensors") for name in ("two", "one"))
-    assert first.keys() == second.keys()
-    assert all(torch.allclose(first[name], second[name], rtol=0, atol=1e-4) for name in first)
-
-
-def _losses(folder: Path) -> list[float]:
-    events = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [event["loss"] for event in events if "loss" in event]
-
-
-def _launch(processes: int, config: Path, *overrides: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command = [*launcher, "--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
-    command += [str(ROOT / "recipes" / "prefix.py"), "--config", str(config), *overrides]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr

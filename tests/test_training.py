@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_conll, write_jsonl
+from conftest import write_conll
 
 from peftkit.backbones.load import Backbone, load
 from peftkit.cli import main
@@ -37,7 +35,6 @@ from peftkit.training import batches, checkpoint
 from peftkit.training.loop import TrainRecord, train
 from peftkit.training.optimizer import make_optimizer, make_schedule, parameter_groups
 
-ROOT = Path(__file__).parents[1]
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "targets": "all"}
 TRAINING = {"learning_rate": 0.01, "epochs": 1, "batch_size": 16, "seed": 1}
 
@@ -652,51 +649,3 @@ def test_the_learning_curve_is_a_picture(logged: Result) -> None:
     colours = {tuple(colour) for colour in (picture[..., :3].reshape(-1, 3) * 255).astype(int)}
     assert 0.5 < blank < 0.99
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # the loss and the dev line
-
-
-# --- two processes ------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_train_like_one(write_config: WriteConfig, tmp_path: Path, toy_data: Path) -> None:
-    rows = [json.loads(line) for line in (toy_data / "sentiment_train.jsonl").read_text().splitlines()]
-    uneven = write_jsonl(tmp_path / "uneven.jsonl", rows[:33])  # batches of 16, 16 and 1
-    training = TRAINING | {"epochs": 4, "micro_batch_size": 3, "learning_rate": 0.003}
-    config = write_config(training=training)
-    overrides = [f"task.data.train={uneven}", "task.loss=weighted"]
-    _launch(2, config, *overrides, f"output.folder={tmp_path / 'two'}")
-    assert main(["train", str(config), *overrides, f"output.folder={tmp_path / 'one'}"]) == 0
-
-    two, one = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("two", "one"))
-    assert (two["training"]["processes"], one["training"]["processes"]) == (2, 1)
-    for key in ("loss", "gradient_norm", "dev_accuracy"):
-        both = [[event[key] for event in _events(tmp_path / name, key)] for name in ("two", "one")]
-        assert both[0] == pytest.approx(both[1], abs=1e-5)
-    assert two["training"]["tokens"] == one["training"]["tokens"]
-    _compare_adapters(tmp_path / "two", tmp_path / "one")
-    lines = [(tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("two", "one")]
-    pairs = list(zip(*(map(json.loads, some) for some in lines), strict=True))
-    assert [a["index"] for a, _ in pairs] == list(range(60))
-    for a, b in pairs:
-        assert (a["place"], a["reference"]) == (b["place"], b["reference"])
-        assert a["prediction"]["probabilities"] == pytest.approx(b["prediction"]["probabilities"], abs=1e-4)
-
-
-def _compare_adapters(one: Path, other: Path) -> None:
-    from safetensors.torch import load_file
-
-    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-4)
-
-
-def _launch(processes: int, config: Path, *overrides: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command = [*launcher, "--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
-    command += [str(ROOT / "recipes" / "lora.py"), "--config", str(config), *overrides]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
