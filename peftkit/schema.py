@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +13,18 @@ class Section(BaseModel):
     """A frozen group of settings that refuses unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """What a file says, with what it may leave out because of what else it says."""
+        return tree
+
+
+def changed(section: BaseModel, *names: str) -> list[str]:
+    """Those of the fields that hold something else than their defaults, however they came to it: the resolved settings
+    in a run folder spell out every field."""
+    fields = type(section).model_fields
+    return [name for name in names if getattr(section, name) != fields[name].get_default(call_default_factory=True)]
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -23,9 +36,9 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     written, ranked = _fold(name), []
     for candidate in candidates:
         known = _fold(candidate)
-        slips, ratio = _slips(written, known), difflib.SequenceMatcher(None, name, candidate).ratio()
-        if slips <= max(1, len(name) // 3) < len(name) or ratio >= cutoff:
-            ranked.append((slips, sorted(written) != sorted(known), -ratio, candidate))
+        distance, ratio = slips(written, known), difflib.SequenceMatcher(None, name, candidate).ratio()
+        if distance <= max(1, len(name) // 3) < len(name) or ratio >= cutoff:
+            ranked.append((distance, sorted(written) != sorted(known), -ratio, candidate))
     return min(ranked)[-1] if ranked else None
 
 
@@ -48,7 +61,7 @@ def _fold(name: str) -> str:
     return name.casefold().replace("-", "_")
 
 
-def _slips(one: str, other: str) -> int:
+def slips(one: str, other: str) -> int:
     """Letters left out, added, replaced, or swapped with their neighbour (optimal string alignment)."""
     before: list[int] = []
     last = list(range(len(other) + 1))

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import Field, model_validator
 
 from peftkit.backbones.download import PREFIX
 from peftkit.data.carve import carve
+from peftkit.data.columns import renamed_tables
 from peftkit.data.files import SUFFIXES, Rows, check_file, read_file
+from peftkit.data.named import FileSettings, Named, Text
+from peftkit.data.tables import Columns
 from peftkit.errors import DataError, PeftkitError, UsageError
 from peftkit.schema import Section, did_you_mean
 
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 
     Table: TypeAlias = Rows | Sequence[Mapping[str, Any]] | Dataset
 
-Text = Annotated[str, Field(min_length=1)]
 FORMATS = ("csv", "json", "parquet", "text", "arrow", "xml")  # datasets would read the whole working folder
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -34,21 +36,30 @@ class DataSettings(Section):
     name: Text | None = None  # "bundled:reuters-r8", a hub id, or a folder; without it the splits are files
     configuration: Text | None = None
     revision: Text | None = None
-    train: Text | None = None  # a file; with a name the split, "train" unless given
-    dev: Text | None = None  # carved from train unless given
-    test: Text | None = None  # bundled sets: "test" when there is one; GLUE's on the hub have hidden labels
+    train: Named | None = None  # a file; with a name the split, "train" unless given
+    dev: Named | None = None  # carved from train unless given
+    test: Named | None = None  # bundled sets: "test" when there is one; GLUE's on the hub have hidden labels
     dev_fraction: float = Field(default=0.1, gt=0, lt=1)
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)  # of train, carved before dev, where there is no test
+    group: Text | None = None  # a column: in carving, rows with the same value in it stay together
     seed: int = Field(default=0, ge=0)  # for the carving only
+    rename: dict[Text, Text] = Field(default_factory=dict)  # columns: {name in the data: name in the run}
     limit: int | None = Field(default=None, ge=1)  # the first rows of each split, for trying things out
 
     @model_validator(mode="after")
     def _belong_together(self) -> DataSettings:
         if self.name is None and self.train is None:
             raise ValueError("train is missing: name a file, or set name to a data set")
+        if self.name is not None and any(isinstance(one, FileSettings) for one in (self.train, self.dev, self.test)):
+            raise ValueError("with name, train, dev and test are names of splits; leave name out to give files")
         from_hub = self.name is not None and not self.name.startswith(PREFIX)
         for option in ("configuration", "revision"):
             if getattr(self, option) is not None and not from_hub:
                 raise ValueError(f"{option} needs name to be a data set of the hub; leave {option} out")
+        if self.test is not None and self.test_fraction is not None:
+            raise ValueError("test and test_fraction are both set; keep one")
+        if self.group is not None and self.dev is not None and self.test_fraction is None:
+            raise ValueError("group is for carving, and nothing is carved: dev is given; leave group out")
         return self
 
 
@@ -69,9 +80,14 @@ class Splits:
 
 def read_splits(settings: DataSettings, label: str | None = None) -> Splits:
     """The rows that the settings name; a missing dev split is carved from train, stratified by `label`."""
+    return _splits(read_tables(settings), settings, label)
+
+
+def read_tables(settings: DataSettings) -> list[Rows | None]:
+    """Train, dev and test as they are in the files or the data set."""
     bundled = settings.name is not None and settings.name.startswith(PREFIX)
     read = _read_files if settings.name is None else _read_bundled if bundled else _load_all
-    return _splits(read(settings), settings, label)
+    return renamed_tables(read(settings), settings.rename)
 
 
 def splits_from(
@@ -81,11 +97,20 @@ def splits_from(
     *,
     label: str | None = None,
     dev_fraction: float = 0.1,
+    test_fraction: float | None = None,
+    group: str | None = None,
     seed: int = 0,
     limit: int | None = None,
 ) -> Splits:
     """The same from Python: each split a list of dicts, a `datasets.Dataset`, or what `read_file` gave."""
-    settings = DataSettings(train="train", dev_fraction=dev_fraction, seed=seed, limit=limit)
+    settings = DataSettings(
+        train="train",
+        dev_fraction=dev_fraction,
+        test_fraction=test_fraction,
+        group=group,
+        seed=seed,
+        limit=limit,
+    )
     tables = {"train": train, "dev": dev, "test": test}
     return _splits([_rows_of(table, name) for name, table in tables.items()], settings, label)
 
@@ -94,7 +119,7 @@ def missing_files(settings: DataSettings | None) -> list[str]:
     """What `read_splits` would miss on this machine: variables, files and folders that are not there."""
     if settings is None:
         return ["task.data: the rows must be given in Python"]
-    find: Callable[[str], Path | str] = _folder_or_id if settings.name else _named_file
+    find: Callable[[Any], Path | str] = _folder_or_id if settings.name else _named_file
     bundled = settings.name is not None and settings.name.startswith(PREFIX)
     named = [settings.name] if settings.name else [settings.train, settings.dev, settings.test]
     problems = []
@@ -116,15 +141,25 @@ def _expand(value: str) -> str:
     return VARIABLE.sub(lambda match: os.environ[match[1]], value)
 
 
-def _named_file(file: str) -> Path:
-    path = Path(_expand(file))
-    check_file(path, file)
+def _named_file(file: str | FileSettings) -> Path:
+    path = Path(_expand(str(file)))
+    check_file(path, str(file), file.format if isinstance(file, FileSettings) else None)
     return path
 
 
 def _read_files(settings: DataSettings) -> list[Rows | None]:
-    files = (settings.train, settings.dev, settings.test)
-    return [read_file(_named_file(file), file) if file else None for file in files]
+    return [_read_named(file) if file else None for file in (settings.train, settings.dev, settings.test)]
+
+
+def _read_named(file: str | FileSettings) -> Rows:
+    odd = file if isinstance(file, FileSettings) else FileSettings(file=file)
+    columns = Columns(odd.columns, odd.ignore_extra)
+    return read_file(_named_file(file), odd.file, odd.format, columns)
+
+
+def _split_names(settings: DataSettings) -> list[str | None]:
+    """What a data set with a name calls its splits."""
+    return [None if one is None else str(one) for one in (settings.train, settings.dev, settings.test)]
 
 
 def _read_bundled(settings: DataSettings) -> list[Rows | None]:
@@ -135,7 +170,8 @@ def _read_bundled(settings: DataSettings) -> list[Rows | None]:
         raise UsageError(f"{settings.name} is a backbone, not data; name it under the backbone")
     folder = fetch(name, progress=sys.stderr.isatty())
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
-    wanted = (settings.train or "train", settings.dev, settings.test or ("test" if "test" in files else None))
+    train, dev, test = _split_names(settings)
+    wanted = (train or "train", dev, test or ("test" if "test" in files else None))
     for split in filter(None, wanted):
         if split not in files:
             raise UsageError(f"{settings.name} has no split '{split}'{did_you_mean(split, files)}")
@@ -147,7 +183,8 @@ def _load_all(settings: DataSettings) -> list[Rows | None]:
     name = _folder_or_id(str(settings.name))
     if settings.revision and Path(name).is_dir():
         raise UsageError(f"{settings.name} is a folder and has no revisions; leave revision out")
-    splits = (settings.train or "train", settings.dev, settings.test)
+    train, *others = _split_names(settings)
+    splits = (train or "train", *others)
     return [_load(name, settings, split) if split else None for split in splits]
 
 
@@ -240,13 +277,18 @@ def _numbered(source: str, records: list[dict[str, Any]]) -> Rows:
 
 
 def _splits(rows: Sequence[Rows | None], settings: DataSettings, label: str | None) -> Splits:
-    """The splits; a missing dev is carved from train, and all are shortened to the limit."""
+    """The splits; those that are missing are carved from train, and all are shortened to the limit."""
     train, dev, test = rows
     if train is None:
         raise UsageError("train is missing; give its rows")
     notes = []
+    if settings.test_fraction is not None:
+        if test is not None:
+            raise UsageError(f"test_fraction: there is a test split ({test.source}) already; leave test_fraction out")
+        train, test, note = carve(train, settings.test_fraction, settings.seed, label, settings.group, "test")
+        notes.append(note)
     if dev is None:
-        train, dev, note = carve(train, settings.dev_fraction, settings.seed, label)
+        train, dev, note = carve(train, settings.dev_fraction, settings.seed, label, settings.group)
         notes.append(note)
     if limit := settings.limit:
         notes.append(f"limit: at most the first {limit:,} rows of each split")
