@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftkit.config import TrainingSettings as Training
     from peftkit.data.sources import DataSettings as Data
     from peftkit.data.sources import splits_from
+    from peftkit.demonstrations import with_demonstrations
     from peftkit.experiment import train
     from peftkit.methods import (
         IA3,
@@ -32,22 +33,25 @@ if TYPE_CHECKING:
         LoRA,
         Peft,
         Prefix,
+        Prompting,
         PromptTuning,
         PTuning,
         TopLayers,
         VeRA,
     )
-    from peftkit.tasks import SequenceClassification, TokenClassification
+    from peftkit.tasks import Chat, LabelWords, SequenceClassification, TokenClassification
 
 _HOMES = {
     "AdaLoRA": ("peftkit.methods", "AdaLoRA"),
     "Backbone": ("peftkit.backbones.load", "BackboneSettings"),
     "BitFit": ("peftkit.methods", "BitFit"),
     "Bottleneck": ("peftkit.methods", "Bottleneck"),
+    "Chat": ("peftkit.tasks", "Chat"),
     "Data": ("peftkit.data.sources", "DataSettings"),
     "Full": ("peftkit.methods", "Full"),
     "HeadOnly": ("peftkit.methods", "HeadOnly"),
     "IA3": ("peftkit.methods", "IA3"),
+    "LabelWords": ("peftkit.tasks", "LabelWords"),
     "LayerNorm": ("peftkit.methods", "LayerNorm"),
     "LoRA": ("peftkit.methods", "LoRA"),
     "Output": ("peftkit.config", "OutputSettings"),
@@ -55,6 +59,7 @@ _HOMES = {
     "Peft": ("peftkit.methods", "Peft"),
     "Prefix": ("peftkit.methods", "Prefix"),
     "PromptTuning": ("peftkit.methods", "PromptTuning"),
+    "Prompting": ("peftkit.methods", "Prompting"),
     "Run": ("peftkit.config", "Run"),
     "SequenceClassification": ("peftkit.tasks", "SequenceClassification"),
     "TokenClassification": ("peftkit.tasks", "TokenClassification"),
@@ -71,6 +76,7 @@ _HOMES = {
     "splits_from": ("peftkit.data.sources", "splits_from"),
     "train": ("peftkit.experiment", "train"),
     "trainable_parameters": ("peftkit.api", "trainable_parameters"),
+    "with_demonstrations": ("peftkit.demonstrations", "with_demonstrations"),
 }
 
 __all__ = [
@@ -79,9 +85,11 @@ __all__ = [
     "Backbone",
     "BitFit",
     "Bottleneck",
+    "Chat",
     "Data",
     "Full",
     "HeadOnly",
+    "LabelWords",
     "LayerNorm",
     "LoRA",
     "Output",
@@ -89,6 +97,7 @@ __all__ = [
     "Peft",
     "Prefix",
     "PromptTuning",
+    "Prompting",
     "Run",
     "SequenceClassification",
     "TokenClassification",
@@ -105,6 +114,7 @@ __all__ = [
     "splits_from",
     "train",
     "trainable_parameters",
+    "with_demonstrations",
 ]
 
 

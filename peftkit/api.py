@@ -25,6 +25,8 @@ def attach(model: nn.Module, method: Method, total_steps: int = 1) -> nn.Module:
     """
     if hasattr(model, "peft_config") or hasattr(model, "adapted_by"):
         raise MethodError("this model has an adapter already; attach to a model as transformers loads it")
+    if method.start_from is not None:
+        raise MethodError("start_from is for runs, which know the backbone's weights; load that run and train it on")
     before = len(list(model.parameters()))
     attached: Any = method.attach(wrap(model), total_steps)
     if len(list(attached.parameters())) > before:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.console import Parser, guard, say
-from peftkit.errors import UsageError
+from peftkit.errors import ConfigError, UsageError
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -23,16 +23,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     from peftkit.config import load_run
 
-    run = load_run(options.config, options.overrides)
+    run = _allowing(load_run(options.config, options.overrides), options.allow)
     from peftkit.experiment import train as train_run
 
     train_run(run)
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    from peftkit.artifacts.store import load_run
+def audit(options: argparse.Namespace) -> None:
+    from peftkit.config import load_run
+    from peftkit.data.mix import missing_files
 
-    saved = load_run(options.run)
+    run = _allowing(load_run(options.config, options.overrides), options.allow)
+    if missing := missing_files(run.task.data):
+        raise ConfigError(missing)
+    from peftkit.audit.show import audit_shown
+
+    audit_shown(run, str(options.config), as_json=options.json, html=options.html)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.ensemble import load_runs
+
+    saved = load_runs([options.run, *options.others])
     from peftkit.artifacts.predict import evaluate_rows
     from peftkit.data.files import read_file
     from peftkit.report import per_class_table, scores_table
@@ -42,15 +54,16 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json:
         say(json.dumps({"data": rows.source, "scores": scores.values, "per_class": scores.per_class}, indent=2))
         return
-    say(scores_table({str(options.run): scores}, rows.source))
+    say(scores_table({" + ".join(map(str, [options.run, *options.others])): scores}, rows.source))
     if scores.per_class:
         say()
         say(per_class_table(scores))
 
 
 def predict(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.ensemble import load_runs
     from peftkit.artifacts.predict import predict_rows
-    from peftkit.artifacts.store import load_run
+    from peftkit.typed import typed_rows
 
     if options.texts and options.file:
         raise UsageError("give texts or --file, not both")
@@ -60,8 +73,8 @@ def predict(options: argparse.Namespace) -> None:
         )
     if not options.texts and not options.file and sys.stdin.isatty():
         raise UsageError("no text: give texts, --file FILE, or pipe one text a line into stdin")
-    saved = load_run(options.run)
-    rows = _input_rows(options, saved.run.task)
+    saved = load_runs([options.run, *options.others])
+    rows = typed_rows(saved.run.task, options.texts, options.text_pair, options.file)
     for row in predict_rows(saved, rows):
         print(json.dumps(row, ensure_ascii=False))
 
@@ -83,9 +96,13 @@ def merge(options: argparse.Namespace) -> None:
         f"{result.equal_predictions:,} of {result.rows:,} predictions equal after re-reading; largest logit difference "
         f"{result.largest_difference:.2g} ({result.relative:.2g} relative, {result.tolerance:g} allowed)"
     )
+    if result.rows < result.examples:
+        say(f"compared on the first {result.rows:,} of {result.examples:,} examples; memory is set aside for no more")
     say(f"wrote {options.target}: transformers.{result.model_class}.from_pretrained('{options.target}')")
     if result.pooling == "mean":
         say("pooling is `mean`: average its token logits over the attention mask")
+    if result.pooling == "markers":
+        say("pooling is `markers`: average its token logits at the two opening markers")
 
 
 def params(options: argparse.Namespace) -> None:
@@ -119,7 +136,7 @@ def fetch(options: argparse.Namespace) -> None:
 
 def validate(options: argparse.Namespace) -> None:
     from peftkit.config import load_run, run_id
-    from peftkit.data.sources import missing_files
+    from peftkit.data.mix import missing_files
 
     run = load_run(options.config, options.overrides)
     say(f"{options.config}: valid (run {run_id(run)})")
@@ -157,51 +174,23 @@ def environment(options: argparse.Namespace) -> None:
     print(json.dumps(describe(), indent=2))
 
 
+def _allowing(run: Any, names: Sequence[str]) -> Any:
+    """The run, with these findings of the audit allowed beside those of its configuration."""
+    from peftkit.audit.settings import check_name
+
+    for name in names:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise UsageError(f"--allow: {error}") from None
+    allow = tuple(dict.fromkeys([*run.audit.allow, *names]))
+    return run.model_copy(update={"audit": run.audit.model_copy(update={"allow": allow})})
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
-
-
-def _input_rows(options: argparse.Namespace, task: Any) -> Any:
-    from peftkit.data.files import read_file
-
-    if options.file and options.file.suffix not in ("", ".txt"):
-        return read_file(options.file)
-    if options.texts:
-        return task.rows_from_text(options.texts, options.text_pair)
-    lines = _lines(_read(options.file) if options.file else _read_stdin())
-    if task_pairs := getattr(task, "text_pair", None):
-        halves = [line.split("\t") for line in lines]
-        if any(len(half) != 2 for half in halves):
-            raise UsageError(f"each line must be the text, a tab, and the second text ('{task_pairs}')")
-        return task.rows_from_text([one for one, _ in halves], [two for _, two in halves])
-    return task.rows_from_text(lines)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"no file {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}") from error
-
-
-def _read_stdin() -> str:
-    try:
-        text = sys.stdin.read()
-        text.encode()  # some locales let foreign bytes through as surrogates, which no text has
-    except UnicodeError as error:
-        raise UsageError(f"the input is not UTF-8: {error}") from error
-    return text
-
-
-def _lines(text: str) -> list[str]:
-    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    if not lines:
-        raise UsageError("no text: the input is empty")
-    return lines
 
 
 def _run(arguments: list[str]) -> None:
@@ -229,19 +218,29 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     for name, command, summary in (
         ("train", train, "Train, evaluate and save the run that a configuration describes."),
+        ("audit", audit, "Look through the data of a run for faults, each with file and line."),
         ("validate", validate, "Check a configuration: every problem at once, with file and line."),
     ):
         one = verb(name, command, summary)
         one.add_argument("config", type=Path, metavar="CONFIG")
         one.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="win over the file")
+        if name != "validate":
+            one.add_argument("--allow", action="append", default=[], metavar="NAME", help="let this finding through")
+        if name == "audit":
+            one.add_argument("--json", action="store_true")
+            one.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with charts too")
 
+    others: Any = {"action": "append", "type": Path, "default": [], "metavar": "RUN2", "dest": "others"}
+    others["help"] = "another run of the same task; the mean of all is what counts (as often as there are runs)"
     one = verb("evaluate", evaluate, "Score a saved run on its test split, or on any file with its columns.")
     one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("--with", **others)
     one.add_argument("--data", type=Path, metavar="FILE")
     one.add_argument("--json", action="store_true")
 
     one = verb("predict", predict, "Labels and probabilities for texts, a file, or stdin; one JSON object a line.")
     one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("--with", **others)
     one.add_argument("texts", nargs="*", default=[], metavar="TEXT")
     one.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text, once for each TEXT")
     one.add_argument("--file", type=Path, help="a table with the run's columns, or one text a line (.txt)")

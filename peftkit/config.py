@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from peftkit.audit.settings import AuditSettings
 from peftkit.backbones.load import BackboneSettings
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
@@ -29,7 +30,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class TrainingSettings(Section):
     """How the trained parameters are optimised. One step is one optimizer step over `batch_size` examples."""
 
-    learning_rate: Annotated[float, Field(gt=0)]
+    # what a method that trains nothing may leave out is not required in the schema
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required"))
+
+    learning_rate: Annotated[float, Field(gt=0)] | None
+    """null only where the method trains nothing; there a configuration file may leave it out."""
     epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 32
@@ -49,6 +54,11 @@ class TrainingSettings(Section):
     """Draw batches from examples of similar length, so that less padding is computed."""
     evaluate_every: Literal["epoch"] | PositiveInt = "epoch"
     early_stopping_patience: PositiveInt | None = None
+    r_drop: Annotated[float, Field(gt=0)] | None = None
+    """α of R-Drop (Wu et al. 2021): two passes with different dropout should agree; doubles the cost."""
+    adversarial: Annotated[float, Field(gt=0)] | None = None
+    """ε of adversarial training (FGM, Miyato et al. 2017): the length of the step that embedded inputs are moved by,
+    to where the loss is greater; doubles the cost."""
     keep_best: bool = True
     """End with the weights that scored best on dev rather than the last ones."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -57,6 +67,8 @@ class TrainingSettings(Section):
     def _one_warmup(self) -> TrainingSettings:
         if self.warmup_steps is not None and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both set; keep one")
+        if self.r_drop and self.adversarial:
+            raise ValueError("r_drop and adversarial are both set; keep one")
         if self.early_stopping_patience and not self.keep_best:
             raise ValueError("early_stopping_patience without keep_best would keep the worse weights")
         return self
@@ -93,7 +105,24 @@ class Run(Section):
     task: AnyTask
     method: AnyMethod
     training: TrainingSettings
+    audit: AuditSettings = AuditSettings()
     output: OutputSettings = OutputSettings()
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A method that trains nothing needs no learning rate."""
+        method, training = tree.get("method"), tree.get("training", {})
+        kind = method.get("kind") if isinstance(method, dict) else None
+        trains = not isinstance(kind, str) or kind not in METHODS or METHODS[kind].trains
+        if trains or not isinstance(training, dict):
+            return tree
+        return tree | {"training": {"learning_rate": None} | training}
+
+    @model_validator(mode="after")
+    def _has_a_learning_rate(self) -> Run:
+        if self.method.trains and self.training.learning_rate is None:
+            raise ValueError(f"method '{self.method.kind}' trains, so training.learning_rate must be a number")
+        return self
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> Run:
@@ -110,7 +139,7 @@ class Run(Section):
 
 def run_id(run: Run) -> str:
     """Sixteen hex digits that name the run: what it computes, not where it is written."""
-    settings = run.model_dump(mode="json", exclude={"output"})
+    settings = run.model_dump(mode="json", exclude={"audit", "output"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -150,6 +179,6 @@ def validate(document: Document) -> Run:
     """The typed run, or a ConfigError that lists every problem."""
     try:
         # JSON mode is strict about numbers in quotes and booleans, yet takes lists for tuples.
-        return Run.model_validate_json(json.dumps(document.tree), strict=True)
+        return Run.model_validate_json(json.dumps(Run.completed(document.tree)), strict=True)
     except ValidationError:
         raise ConfigError(problems(document, Run)) from None

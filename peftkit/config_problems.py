@@ -49,7 +49,7 @@ class _Problems:
 
     def _errors(self) -> list[ErrorDetails]:
         try:
-            self._root.model_validate_json(json.dumps(self._document.tree), strict=True)
+            self._root.model_validate_json(json.dumps(self._root.completed(self._document.tree)), strict=True)
         except ValidationError as error:
             return error.errors(include_url=False)
         return []

@@ -65,8 +65,7 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
     import torch
     from accelerate.utils import gather_object
 
-    lengths, examples = split.encoded.lengths, split.encoded.examples
-    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    examples, order = split.encoded.examples, task.order(split.encoded)
     batches = [order[start : start + split.batch_size] for start in range(0, len(order), split.batch_size)]
     was_training = model.training
     model.to(accelerator.device).eval()

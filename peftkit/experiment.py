@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.artifacts.continued import start_from
+from peftkit.artifacts.loading import merge_backbone
 from peftkit.artifacts.store import save
+from peftkit.audit.examine import audit
 from peftkit.backbones.load import load
 from peftkit.config import Run, in_folder, run_id
 from peftkit.data.sources import Splits
+from peftkit.demonstrations import lacking, with_demonstrations
 from peftkit.errors import UsageError
 from peftkit.evaluation import Evaluation, baselines, evaluate
 from peftkit.prepare import prepare
@@ -33,7 +37,7 @@ class Result:
     model: nn.Module
     record: TrainRecord
     evaluations: dict[str, Evaluation]
-    """`majority`, `before` and `after` training."""
+    """`majority`, `before` and `after` training; without training, `after` alone."""
 
     @property
     def score(self) -> float:
@@ -50,15 +54,23 @@ def train(run: Run, splits: Splits | None = None, metrics: Sequence[Any] = ()) -
     """
     if splits is not None and not isinstance(splits, Splits):
         raise UsageError("splits must come from peftkit.splits_from(train=…, dev=…, test=…)")
+    rows = splits
+    if lacking(run):
+        rows = splits or run.task.splits()
+        run = with_demonstrations(run, rows)
     if run.output.folder is None:
         run = in_folder(run, _default_folder(run, splits))
     accelerator = start(run, needs_data=splits is None)
-    data = prepare(run, splits)
+    merge_backbone(run)
+    data = prepare(run, rows)
+    audit(run, data)
     backbone = load(run.backbone, data.head)
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
+    start_from(run, data, backbone, model)
     announce(run, data, model, accelerator)
     evaluations = baselines(run.task, data.train, data.test)
-    evaluations["before"] = evaluate(model, run.task, data.test, accelerator, metrics)
+    if run.method.trains:
+        evaluations["before"] = evaluate(model, run.task, data.test, accelerator, metrics)
     record = train_model(model, run, data, accelerator, metrics)
     evaluations["after"] = evaluate(model, run.task, data.test, accelerator, metrics)
     folder = save(run, data, backbone, model, record, evaluations, accelerator)

@@ -6,15 +6,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from peftkit.backbones.causal import refuse_unpackable
 from peftkit.backbones.layouts import layout_for
-from peftkit.backbones.load import Head, load_tokenizer, longest_input, meta_model, read_config, resolve_config
+from peftkit.backbones.load import Head, chosen_config, load_tokenizer, longest_input, meta_model, resolve_config
 from peftkit.backbones.modules import architecture
 from peftkit.config import Run
+from peftkit.data.augment import augmented
 from peftkit.data.files import Rows
 from peftkit.data.sources import Splits
+from peftkit.demonstrations import require_demonstrations
 from peftkit.errors import DataError, MethodError, UsageError
 from peftkit.tasks.base import Encoded, Task
 
@@ -72,9 +75,14 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         UsageError: a file or column that is not there.
         DataError: rows that would make the run worthless, with file and line.
     """
-    splits = splits or run.task.splits()
+    require_demonstrations(run)
+    splits = _augmented(run.task, splits or run.task.splits())
     head = run.task.head(splits.train)
     tokenizer = load_tokenizer(run.backbone, head.pretokenized)
+    if head.new_tokens:
+        from peftkit.backbones.new_tokens import add_to_tokenizer
+
+        add_to_tokenizer(tokenizer, head.new_tokens)
     _check_length(run, longest_input(run.backbone, tokenizer))
     _check_method(run, head)
     train, dev = (
@@ -89,10 +97,20 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         *splits.notes,
         *(note for split in {train.name: train, test.name: test}.values() for note in _losses(run.task, split)),
     ]
+    if note := run.task.scoring_note(test.encoded):
+        notes.append(f"{test.name}: {note}")
     if splits.test is None:
         notes.append("no test split: the final figures are of dev, which chose the weights: read them with care")
     weights = run.task.class_weights(train.encoded, head.labels)
     return Prepared(train, dev, test, head, tokenizer, tuple(weights), tuple(notes))
+
+
+def _augmented(task: Task, splits: Splits) -> Splits:
+    """With changed copies among the rows of train, where the task asks for them."""
+    if not task.augmentation:
+        return splits
+    train, note = augmented(splits.train, task.free_texts, task.augmentation)
+    return replace(splits, train=train, notes=(*splits.notes, note))
 
 
 def encode_split(
@@ -100,6 +118,7 @@ def encode_split(
 ) -> Split:
     """Rows with their token ids, and label ids when `supervised`."""
     encoded = run.task.encode(rows, tokenizer, head.labels, supervised)
+    _refuse_dropped(name, rows, encoded)
     if not encoded.examples:
         raise DataError(f"{rows.source}: no row is left to {'learn from' if supervised else 'predict'}{_why(encoded)}")
     pad_id = int(tokenizer.pad_token_id or 0)
@@ -108,17 +127,22 @@ def encode_split(
 
 def _check_length(run: Run, limit: int | None) -> None:
     taken = run.method.virtual_tokens()
-    if limit is not None and run.task.max_length + taken > limit:
+    longest = run.task.longest_input
+    if limit is not None and longest + taken > limit:
         why = f", of which method '{run.method.kind}' takes {taken}" if taken else ""
+        more = f" and {longest - run.task.max_length} more are generated" if longest > run.task.max_length else ""
         raise UsageError(
-            f"task.max_length is {run.task.max_length}, but {run.backbone.name} takes at most {limit} tokens{why}"
+            f"task.max_length is {run.task.max_length}{more}, but {run.backbone.name} takes at most {limit} tokens{why}"
         )
 
 
 def _check_method(run: Run, head: Head) -> None:
     """Refuse what the method cannot do to this architecture, before weights load: its shapes are enough."""
-    model = meta_model(read_config(resolve_config(run.backbone)), head)
+    model = meta_model(chosen_config(run.backbone, resolve_config(run.backbone)), head)
     config: Any = model.config
+    run.task.check_backbone(config, run.method.virtual_tokens())
+    if getattr(run.task, "packing", False):
+        refuse_unpackable(model)
     if run.training.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(
             f"training.gradient_checkpointing: transformers has none for {architecture(model)}; leave it out"
@@ -127,6 +151,14 @@ def _check_method(run: Run, head: Head) -> None:
         run.method.added_parameters(model, layout_for(config.model_type))
     except MethodError as error:
         raise UsageError(f"method: {error}") from error
+
+
+def _refuse_dropped(name: str, rows: Rows, encoded: Encoded) -> None:
+    """Only rows of train may go: a score of what is left of the others would be of another test."""
+    if encoded.dropped and name != "train":
+        index, reason = next(iter(encoded.dropped.items()))
+        more = f" (and {len(encoded.dropped) - 1:,} more rows)" if len(encoded.dropped) > 1 else ""
+        raise DataError(f"{rows.where(index)}: {reason}{more}; only rows of train are dropped: mend or remove it")
 
 
 def _why(encoded: Encoded) -> str:
@@ -143,3 +175,5 @@ def _losses(task: Task, split: Split) -> Iterator[str]:
     if dropped:
         first = split.rows.where(next(iter(dropped)))
         yield f"{split.name}: {len(dropped):,} of {len(split):,} rows are dropped{_why(split.encoded)}, e.g. {first}"
+    for note in split.encoded.notes:
+        yield f"{split.name}: {note}"

@@ -37,6 +37,9 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
     say(f"data      {len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} {data.test.name} rows")
     for note in data.notes:
         say(f"          {note}")
+    if not run.method.trains:
+        say(f"training  none; on {_device(accelerator)}, seed {run.training.seed}")
+        return
     processes = f"{accelerator.num_processes} processes" if accelerator.num_processes > 1 else "1 process"
     say(
         f"training  {steps:,} steps of {run.training.batch_size} examples, {run.training.precision}, "
@@ -68,6 +71,9 @@ def report(run: Run, record: TrainRecord, evaluations: Mapping[str, Evaluation])
         say()
         say(per_class_table(after.scores))
     say()
+    if not run.method.trains:
+        say(f"nothing was trained; saved to {run.output.folder}")
+        return
     say(
         f"{record.steps:,} steps (best: {record.best_step:,}) in {record.seconds:.1f} s, "
         f"{record.tokens_per_second:,.0f} tokens/s, peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"

@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.backbones.runs import MANIFEST, RUN_FILE
 from peftkit.config import Run, run_id
 from peftkit.config_file import to_yaml
-from peftkit.data.sources import missing_files
+from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
 from peftkit.training.optimizer import check_optimizer
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from filelock import BaseFileLock
 
-MANIFEST = "manifest.json"
-RUN_FILE = "run.yaml"
 LOCK = ".lock"
 HEADER = "# run "
 """How the first line of `run.yaml` starts; the run's id follows. It tells a run folder from any other."""
@@ -41,6 +40,7 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     """
     folder = run_folder(run)
     check_folder(run, folder)
+    _check_start(run, folder)
     if needs_data and run.task.data and (missing := missing_files(run.task.data)):
         raise ConfigError(missing)
     from accelerate.utils import set_seed
@@ -53,6 +53,17 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     check_optimizer(run.training.optimizer, accelerator.device.type)
     set_seed(run.training.seed)
     return accelerator
+
+
+def _check_start(run: Run, folder: Path) -> None:
+    """Refuse to go on from what is no finished run, or to write over it."""
+    if run.method.start_from is None:
+        return
+    start = Path(run.method.start_from).expanduser()
+    if not (start / MANIFEST).is_file():
+        raise UsageError(f"method.start_from: {start} is not a finished run (it has no {MANIFEST})")
+    if start.absolute() == folder.absolute():
+        raise UsageError(f"method.start_from and output.folder are both {folder}; write to another folder")
 
 
 def claim(run: Run, accelerator: Accelerator) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.store import SavedRun
-from peftkit.data.collate import collate
+from peftkit.data.collate import IGNORED, collate
 from peftkit.data.files import Rows
 from peftkit.disk import require_writable, whole_folder, write_text
 from peftkit.errors import ArtifactError, UsageError
 from peftkit.prepare import Split, encode_split
 from peftkit.quiet import quiet_libraries
-from peftkit.tasks.base import Task
+from peftkit.tasks.base import Example, Task
+from peftkit.tasks.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 REPORT = "peftkit_merge.json"
+LAST_TOKENS = 16
+"""Supervised tokens of each row that language models are compared on."""
+MOST_LOGITS = 2**26
+"""Numbers that are held to compare; 256 MiB."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 """Largest accepted |Δlogit| / max(1, max |logit|), by the dtype the backbone is held in."""
 
@@ -29,6 +36,9 @@ class MergeReport:
     """How far the merged model, read back from disk, is from the adapter it came from."""
 
     rows: int
+    """Compared: the first ones, as many as keep the logits that are held at once in bounds."""
+    examples: int
+    """Given to compare on; windows count one by one."""
     equal_predictions: int
     largest_difference: float
     """Largest |Δlogit|."""
@@ -57,12 +67,14 @@ def merge(saved: SavedRun, target: str | Path, probe: Rows) -> MergeReport:
     check_target(saved.folder, target)
     saved.model.cpu()  # a prediction may have moved it
     dtype = saved.run.backbone.dtype
-    split = encode_split(saved.run, probe.source, probe, saved.head, saved.tokenizer, supervised=False)
-    before = _all_logits(saved.model, saved.run.task, split)
+    task = saved.run.task
+    # a language model is compared where it is scored
+    supervised = isinstance(task, LanguageModel)
+    split = encode_split(saved.run, probe.source, probe, saved.head, saved.tokenizer, supervised)
+    before = _remembered(saved.model, task, split)
     with whole_folder(target) as partial:
         _write(saved, partial, dtype)
-        after = _all_logits(_read(saved, partial), saved.run.task, split)
-        report = _compare(before, after, TOLERANCE[dtype], saved)
+        report = _compare(before, _logits(_read(saved, partial), task, split), split, saved)
         record = vars(report) | {"run_id": saved.manifest["run_id"]}
         write_text(partial / REPORT, json.dumps(record, indent=2) + "\n")
     return report
@@ -94,38 +106,78 @@ def _read(saved: SavedRun, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _all_logits(model: nn.Module, task: Task, split: Split) -> list[Tensor]:
-    """Logits of real tokens, example by example, in batches of similar length."""
+def _batches(split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """(examples, batch) in the order of the split."""
+    examples = split.encoded.examples
+    for start in range(0, len(examples), split.batch_size):
+        indices = list(range(start, min(start + split.batch_size, len(examples))))
+        yield indices, collate([_ending(examples[index]) for index in indices], split.pad_id)
+
+
+def _ending(example: Example) -> Example:
+    """Of a language model's example, only the last supervised tokens; all that stands before decides those too."""
+    labels = example.get("labels")
+    if not isinstance(labels, list):
+        return example
+    kept = [position for position, label in enumerate(labels) if label != IGNORED][-LAST_TOKENS:]
+    return example | {"labels": [label if position in kept else IGNORED for position, label in enumerate(labels)]}
+
+
+def _logits(model: nn.Module, task: Task, split: Split) -> Iterator[list[Tensor]]:
+    """Batch by batch, the logits of each example's real tokens; of language models, of its last supervised ones."""
     import torch
 
-    lengths, examples = split.encoded.lengths, split.encoded.examples
-    order = sorted(range(len(examples)), key=lengths.__getitem__)
-    found: dict[int, Tensor] = {}
     model.eval()
-    with torch.no_grad():
-        for start in range(0, len(order), split.batch_size):
-            indices = order[start : start + split.batch_size]
-            logits = task.logits(model, collate([examples[index] for index in indices], split.pad_id)).float()
-            for row, index in enumerate(indices):
-                found[index] = logits[row] if logits.ndim == 2 else logits[row, : lengths[index]]
-    return [found[index] for index in range(len(examples))]
+    for indices, batch in _batches(split):
+        with torch.no_grad():
+            if isinstance(task, LanguageModel):
+                yield [logits.float() for logits in task.split_logits(model, batch)]
+                continue
+            logits = task.logits(model, batch).float()
+        lengths = [split.encoded.lengths[index] for index in indices]
+        yield [row if logits.ndim == 2 else row[:length] for row, length in zip(logits, lengths, strict=True)]
 
 
-def _compare(before: list[Tensor], after: list[Tensor], tolerance: float, saved: SavedRun) -> MergeReport:
-    pairs = list(zip(before, after, strict=True))
+def _remembered(model: nn.Module, task: Task, split: Split) -> list[list[Tensor]]:
+    """The logits of the first batches, as many as may be held at once; of the first in any case."""
+    kept: list[list[Tensor]] = []
+    held = 0
+    for rows in _logits(model, task, split):
+        kept.append(rows)
+        held += sum(row.numel() for row in rows)
+        if held >= MOST_LOGITS:
+            break
+    return kept
+
+
+def _compare(before: list[list[Tensor]], after: Iterator[list[Tensor]], split: Split, saved: SavedRun) -> MergeReport:
+    alike, differences, largest, equal, rows = saved.run.task.answers_alike, [0.0], [0.0], 0, 0
+    for old, new in zip(before, after, strict=False):
+        pairs = [(one, two) for one, two in zip(old, new, strict=True) if one.numel()]
+        differences += [_most(one - two) for one, two in pairs]
+        largest += [_most(one) for one, _ in pairs]
+        equal += sum(alike(one, two) for one, two in pairs)
+        rows += len(pairs)
     report = MergeReport(
-        rows=len(pairs),
-        equal_predictions=sum(bool((one.argmax(-1) == two.argmax(-1)).all()) for one, two in pairs),
-        largest_difference=max(float((one - two).abs().max()) for one, two in pairs),
-        largest_logit=max(float(one.abs().max()) for one in before),
-        tolerance=tolerance,
+        rows=rows,
+        examples=len(split.encoded),
+        equal_predictions=equal,
+        largest_difference=math.nan if any(map(math.isnan, differences)) else max(differences),
+        largest_logit=max(largest),
+        tolerance=TOLERANCE[saved.run.backbone.dtype],
         model_class=saved.head.model_class,
         pooling=getattr(saved.run.task, "pooling", "none"),
     )
+    if not rows:
+        raise ArtifactError("nothing to compare the merged model on: no row has a supervised token; give others")
     # written so that a difference that is not a number is refused too
-    if not report.relative <= tolerance:
+    if not report.relative <= report.tolerance:
         raise ArtifactError(
             f"the merged model is not the one that was evaluated: logits differ by {report.largest_difference:.2g} "
-            f"({report.relative:.2g} relative, {tolerance:g} allowed); nothing was written"
+            f"({report.relative:.2g} relative, {report.tolerance:g} allowed); nothing was written"
         )
     return report
+
+
+def _most(values: Tensor) -> float:
+    return float(values.abs().max())

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.backbones.load import Backbone, BackboneSettings, Head, load, resolve, weight_files
+from peftkit.artifacts.loading import SavedRun, load_run
+from peftkit.artifacts.manifest import FORMAT, manifest_sha256, read_manifest
+from peftkit.backbones.load import Backbone, resolve
+from peftkit.backbones.runs import origin
 from peftkit.config import Run, run_id
-from peftkit.config import load_run as load_config
 from peftkit.disk import file_sha256, whole_folder, write_text
 from peftkit.environment import versions
-from peftkit.errors import ArtifactError, ConfigError, UsageError
+from peftkit.errors import ArtifactError
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import trained_parameters
 from peftkit.quiet import quiet_libraries
@@ -26,31 +26,13 @@ from peftkit.training.loop import CHECKPOINTS, TrainRecord
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from peftkit.prepare import Prepared
 
-FORMAT = 1
+__all__ = ["SavedRun", "load_run", "read_manifest", "save", "saved_parameters"]
+
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
-
-
-@dataclass
-class SavedRun:
-    """A run read back from disk, ready to predict."""
-
-    folder: Path
-    run: Run
-    manifest: dict[str, Any]
-    backbone: Backbone
-    model: nn.Module
-    head: Head
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
-        assert self.backbone.tokenizer is not None
-        return self.backbone.tokenizer
 
 
 def save(
@@ -77,71 +59,16 @@ def save(
         scores = {name: dataclasses.asdict(one.scores) for name, one in evaluations.items()}
         _write_json(folder / SCORES, scores)
         manifest = _manifest(run, data, backbone, record, evaluations)
+        manifest["started_from"] = getattr(model, "started_from", None)
         manifest["saved_parameters"] = saved_parameters(folder / run.method.artifact)
         manifest["files"] = _hashes(folder, folder / run.method.artifact)
-        _write_json(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
+        _write_json(folder / MANIFEST, manifest | {"sha256": manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         release(run, accelerator)
     accelerator.wait_for_everyone()
     if run.output.trackers:
         accelerator.end_training()
     return folder
-
-
-def load_run(folder: str | Path) -> SavedRun:
-    """The trained model of a finished run, on the backbone it was trained on.
-
-    Raises:
-        UsageError: `folder` is not a finished run.
-        ArtifactError: files changed since they were written, or the backbone's weights are others.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    _check_files(folder, manifest)
-    run = read_saved_config(folder)
-    head = Head.from_dict(manifest["head"])
-    backbone = load(_found_again(run.backbone, manifest), head)
-    expected = manifest["backbone"]["weights_sha256"]
-    if backbone.weights_sha256 != expected:
-        files = ", ".join(file.name for file in weight_files(resolve(run.backbone)))
-        raise ArtifactError(
-            f"{run.backbone.name} ({files}) is not the backbone that {folder} was trained on: its weights hash to "
-            f"{backbone.weights_sha256[:12]}…, not {expected[:12]}…; restore those weights or set the same revision"
-        )
-    model = run.method.load(backbone, folder / manifest["artifact"]).eval()
-    return SavedRun(folder, run, manifest, backbone, model, head)
-
-
-def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
-    """A backbone named by a relative folder is looked for where it was when the run was trained."""
-    recorded = manifest["backbone"]["folder"]
-    if recorded and Path(recorded).is_dir() and not Path(settings.name).expanduser().is_dir():
-        return settings.model_copy(update={"name": recorded})
-    return settings
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished run.
-
-    Raises:
-        UsageError: `folder` is not a finished run.
-        ArtifactError: the manifest was changed, or is of another format.
-    """
-    file = folder / MANIFEST
-    if not folder.is_dir():
-        raise UsageError(f"no run folder {folder}")
-    if not file.is_file():
-        state = "is not finished: run its command again" if (folder / RUN_FILE).is_file() else "is not a run folder"
-        raise UsageError(f"{folder} {state} (it has no {MANIFEST})")
-    try:
-        manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{file} is damaged: {error}; restore it, or train again") from error
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{file} has format {manifest.get('format')}; this peftkit reads format {FORMAT}")
-    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
-        raise ArtifactError(f"{file} changed after it was written; restore it, or train again")
-    return manifest
 
 
 def saved_parameters(artifact: Path) -> int:
@@ -155,14 +82,6 @@ def saved_parameters(artifact: Path) -> int:
     return total
 
 
-def read_saved_config(folder: Path) -> Run:
-    """The resolved configuration of a run."""
-    try:
-        return load_config(folder / RUN_FILE)
-    except ConfigError as error:
-        raise ArtifactError(f"{folder / RUN_FILE} does not fit this version of peftkit: {error}") from error
-
-
 def _manifest(
     run: Run, data: Prepared, backbone: Backbone, record: TrainRecord, evaluations: dict[str, Evaluation]
 ) -> dict[str, Any]:
@@ -174,6 +93,7 @@ def _manifest(
             "name": backbone.name,
             "revision": backbone.revision,
             "weights_sha256": backbone.weights_sha256,
+            "run": origin(resolve(run.backbone)),
             "folder": str(Path(backbone.name).expanduser().absolute()) if _is_folder(backbone.name) else None,
         },
         "task": run.task.kind,
@@ -194,10 +114,6 @@ def _is_folder(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
-def _manifest_sha256(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _hashes(folder: Path, artifact: Path) -> dict[str, str]:
     """The hash of everything that decides what the saved model computes."""
     files = [folder / RUN_FILE, *sorted(file for file in artifact.rglob("*") if file.is_file())]
@@ -205,7 +121,7 @@ def _hashes(folder: Path, artifact: Path) -> dict[str, str]:
 
 
 def _save_artifact(run: Run, model: nn.Module, artifact: Path) -> None:
-    if not trained_parameters(model):
+    if run.method.trains and not trained_parameters(model):
         raise ArtifactError("nothing was trained; there is nothing to save")
     with whole_folder(artifact) as partial, quiet_libraries():
         run.method.save(model, partial)
@@ -223,15 +139,3 @@ def _write_predictions(run: Run, data: Prepared, evaluation: Evaluation, file: P
 
 def _write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ArtifactError(f"{file} is missing; the run is not whole: restore it, or train again")
-        if file_sha256(file) != expected:
-            raise ArtifactError(
-                f"{file} changed after it was written (its sha256 differs from {MANIFEST}'s); "
-                "restore it, or train again"
-            )

@@ -6,15 +6,20 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from peftkit.backbones.bundled import bundle_named, fetch
+from peftkit.backbones.causal import refuse_encoder
 from peftkit.backbones.download import PREFIX
+from peftkit.backbones.dropout import set_dropout
 from peftkit.backbones.layouts import Layout, layout_for
 from peftkit.backbones.modules import head_modules
+from peftkit.backbones.runs import resolved
+from peftkit.backbones.task_model import load_model, trained_heads
 from peftkit.disk import file_sha256
 from peftkit.errors import BackboneError, UsageError, first_line
-from peftkit.quiet import quiet_libraries
 from peftkit.schema import Section
 
 if TYPE_CHECKING:
@@ -29,9 +34,12 @@ class BackboneSettings(Section):
     """Which pretrained model, and how it is held in memory."""
 
     name: str
-    """`bundled:minilm`, a folder, or a hub id such as FacebookAI/roberta-base."""
+    """`bundled:minilm`, a folder, a hub id such as FacebookAI/roberta-base, or the folder of a finished run, whose
+    merged model is meant."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of hidden states, attention and head while training; default: what the model's configuration says."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Head:
     """Width of the head where it is not the number of labels."""
     problem_type: str | None = None
     """What transformers' pipelines are to make of the outputs, such as `multi_label_classification`."""
+    chat_template: str | None = None
+    """What conversations are written with, where it is not the tokenizer's own; saved with a merged model."""
     new_tokens: tuple[str, ...] = ()
     """Tokens that the task adds to the tokenizer; their embeddings are trained with every method."""
 
@@ -92,18 +102,25 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     """
     import torch
 
+    from peftkit.backbones.new_tokens import add_to_model
+
     folder = resolve(settings)
-    config = read_config(folder)
+    config = chosen_config(settings, folder)
     layout = layout_for(config.model_type)
     files = weight_files(folder)
     tokenizer = load_tokenizer(settings, head.pretokenized)
-    model, fresh = _load_model(folder, config, head, getattr(torch, settings.dtype))
+    head.configure(config)
+    model, fresh = load_model(folder, files, config, head.model_class, getattr(torch, settings.dtype))
+    if head.new_tokens:
+        add_to_model(model, tokenizer, head.new_tokens)
     _pad_token(model, tokenizer)
+    if head.chat_template:
+        tokenizer.chat_template = head.chat_template
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         layout=layout,
-        head_modules=_trained_heads(model, fresh, folder),
+        head_modules=trained_heads(model, fresh, folder),
         name=settings.name,
         revision=_revision(settings, folder),
         weights_sha256=weights_sha256(files),
@@ -157,7 +174,7 @@ def resolve(settings: BackboneSettings, files: Sequence[str] = HUB_FILES) -> Pat
         return fetch(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder.absolute()  # what peft records for whoever loads the adapter
+        return resolved(folder.absolute())  # what peft records for whoever loads the adapter
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"backbone.name: no folder {folder}")
     return _from_hub(settings, files)
@@ -180,6 +197,14 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BackboneError(
             f"{folder / CONFIG} is not a configuration transformers knows: {first_line(error)}"
         ) from error
+
+
+def chosen_config(settings: BackboneSettings, folder: Path) -> PretrainedConfig:
+    """The configuration in a folder, with what the settings change in it."""
+    config = read_config(folder)
+    if settings.dropout is not None:
+        set_dropout(config, settings.dropout)
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -217,43 +242,9 @@ def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
             model: nn.Module = auto.from_config(config)
     except ValueError as error:
         raise BackboneError(f"'{config.model_type}' cannot serve this task: {first_line(error)}") from error
+    if head and head.model_class == "AutoModelForCausalLM":
+        refuse_encoder(model)
     return model
-
-
-def _load_model(folder: Path, config: PretrainedConfig, head: Head, dtype: Any) -> tuple[nn.Module, set[str]]:
-    """The model, and the names of the parameters that the checkpoint did not have."""
-    import transformers
-
-    head.configure(config)
-    try:
-        with quiet_libraries():
-            model, info = getattr(transformers, head.model_class).from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # transformers and safetensors raise many kinds for a damaged checkpoint
-        raise BackboneError(f"cannot load {folder} as {head.model_class}: {first_line(error)}") from error
-    mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
-    return model, set(info["missing_keys"]) | mismatched
-
-
-def _trained_heads(model: nn.Module, fresh: set[str], folder: Path) -> tuple[str, ...]:
-    """Head modules, plus a pooler that the checkpoint lacked: random weights that stay random ruin a run."""
-    heads = list(head_modules(model))
-    for name in sorted(fresh):
-        if any(name.startswith(f"{head}.") for head in heads):
-            continue
-        pooler = name[: name.index("pooler") + len("pooler")] if "pooler" in name else None
-        if pooler is None:
-            raise BackboneError(f"the checkpoint in {folder} lacks '{name}', a weight of the backbone itself")
-        heads.append(pooler)
-    return tuple(heads)
 
 
 def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,6 +14,7 @@ from peftkit.methods.lora import LoRA
 from peftkit.methods.partial import BitFit, HeadOnly, LayerNorm, TopLayers
 from peftkit.methods.prefix import Prefix
 from peftkit.methods.prompt import PromptTuning, PTuning
+from peftkit.methods.prompting import Prompting
 from peftkit.methods.vera import VeRA
 
 AnyMethod = Annotated[
@@ -30,6 +31,7 @@ AnyMethod = Annotated[
     | PTuning
     | VeRA
     | Prefix
+    | Prompting
     | Peft,
     Field(discriminator="kind"),
 ]
@@ -52,6 +54,7 @@ __all__ = [
     "Peft",
     "Prefix",
     "PromptTuning",
+    "Prompting",
     "TopLayers",
     "VeRA",
 ]

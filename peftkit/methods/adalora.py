@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -209,6 +209,13 @@ class AdaLoRA(FromPeft):
         allocation = _allocation(model)
         allocation.check_final(model)
         return as_lora(model, allocation)
+
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        """The triplets that were kept are the first of each matrix; the others are as new, and the budget falls again
+        from `initial_rank`: what was pruned may come back elsewhere."""
+        from peftkit.methods.adalora_export import restore_lora
+
+        restore_lora(model, folder, dropped, kept)
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:
         """Σ initial_rank · (in + out + 1) over the adapted matrices: what trains."""

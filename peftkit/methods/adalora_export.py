@@ -6,10 +6,14 @@ every matrix of rank 0 and about their own rank pattern, and no other tool reads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.errors import MethodError
 from peftkit.methods.adalora_allocation import svd_layers
-from peftkit.methods.from_peft import ADAPTER, adapter_state
+from peftkit.methods.base import check_fit, inside
+from peftkit.methods.peft_files import ADAPTER, LEFT_OUT, adapter_state, put_in, read_saved, saved_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,6 +37,45 @@ def as_lora(model: nn.Module, allocation: Allocation) -> tuple[LoraConfig, dict[
             state[f"base_model.model.{name}.lora_A.weight"] = (singular * q)[mask]
             state[f"base_model.model.{name}.lora_B.weight"] = p[:, mask]
     return _config(model, ranks), state
+
+
+def restore_lora(model: Any, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+    """Put a plain LoRA, as `as_lora` made it, into an attached AdaLoRA: Λᵢ = ‖aᵢ‖ and qᵢ = aᵢ / ‖aᵢ‖ for row i of A.
+
+    Raises:
+        MethodError: other targets or heads, or more rank than a matrix starts with.
+    """
+    notes, tensors = read_saved(folder)
+    saved = {name: tensor for name, tensor in tensors.items() if not inside(name, dropped)}
+    config: Any = saved_config(folder)
+    layers = svd_layers(model)
+    adapted = {*config.target_modules, *notes.get(LEFT_OUT, "").split()}
+    if other := sorted(adapted ^ layers.keys()):
+        raise MethodError(f"its targets were others: they differ in '{other[0]}'; set method.targets to what they were")
+    heads = {name: tensor for name, tensor in adapter_state(model).items() if ".lora_" not in name}
+    parts = {f"base_model.model.{name}.lora_{part}.weight" for name in layers for part in "AB"}
+    staying = {name: tensor for name, tensor in heads.items() if inside(name, kept)}
+    check_fit(
+        {name: tensor for name, tensor in heads.items() if name not in staying},
+        {name: tensor for name, tensor in saved.items() if name not in parts},
+    )
+    own = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    put_in(model, own | {name: saved[name] for name in heads if name not in staying})
+    for name, layer in layers.items():
+        a, b = (saved.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
+        if a is not None and b is not None:
+            scale = config.lora_alpha / config.r
+            _fill(layer, a * (scale / _scale(layer)), b, name)
+
+
+def _fill(layer: Any, a: Tensor, b: Tensor, name: str) -> None:
+    rank, p, singular, q = len(a), layer.lora_B[ADAPTER].data, layer.lora_E[ADAPTER].data, layer.lora_A[ADAPTER].data
+    if rank > len(q):
+        raise MethodError(f"'{name}' kept {rank} triplets, and starts with {len(q)} here; raise method.initial_rank")
+    lengths = a.norm(dim=1, keepdim=True)
+    singular[:rank] = lengths.to(singular)
+    q[:rank] = (a / lengths.clamp(min=1e-12)).to(q)
+    p[:, :rank] = b.to(p)
 
 
 def _config(model: Any, ranks: dict[str, int]) -> LoraConfig:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
 from peftkit.schema import Section
@@ -24,9 +26,26 @@ class Method(Section, ABC):
 
     artifact: ClassVar[str]
     """The sub-folder of a run that `save` writes to."""
+    trains: ClassVar[bool] = True
+    """False: nothing is optimised and no weights are saved."""
     size: ClassVar[str | None] = None
     """The hyperparameter that sets how many parameters are added, such as `rank`."""
+    free: ClassVar[frozenset[str]] = frozenset({"start_from", "fresh_head", "dropout"})
+    """Settings that may be others than those of the run that is continued: the function does not depend on them."""
     kind: str
+    start_from: Annotated[str, Field(min_length=1)] | None = None
+    """The folder of a finished run of this method on this backbone: training goes on from its weights, with a schedule
+    and an optimizer of its own."""
+    fresh_head: bool = False
+    """With `start_from`: leave the head as it was drawn, as for other labels."""
+
+    @model_validator(mode="after")
+    def _fresh_beside_what(self) -> Self:
+        if self.start_from is not None and not self.trains:
+            raise ValueError(f"start_from: method '{self.kind}' trains and saves no weights; leave it out")
+        if self.fresh_head and self.start_from is None:
+            raise ValueError("fresh_head is for start_from, and without that every head is fresh; leave it out")
+        return self
 
     @abstractmethod
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
@@ -43,6 +62,29 @@ class Method(Section, ABC):
     @abstractmethod
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
         """The trained model for inference: `backbone` plus what `save` wrote."""
+
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        """Put what `save` wrote into an attached model, which then computes what the saved one did, and trains.
+
+        Args:
+            dropped: saved modules that are left out, such as a head with other labels.
+            kept: modules of `model` that stay as they are in their place.
+
+        Raises:
+            MethodError: what was saved does not fit, or does not hold all that trained.
+        """
+        raise MethodError(f"method '{self.kind}' cannot go on from a saved run; leave method.start_from out")
+
+    def refuse_other(self, saved: Method) -> None:
+        """Refuse to go on from a run with other settings, in which the same weights would compute something else.
+
+        Raises:
+            MethodError: names the setting and both values.
+        """
+        for name in type(self).model_fields:
+            ours, theirs = getattr(self, name), getattr(saved, name)
+            if name not in self.free and ours != theirs:
+                raise MethodError(f"its method.{name} is {theirs!r}, not {ours!r}; set method.{name} to what it was")
 
     @abstractmethod
     def merge(self, model: nn.Module) -> nn.Module:
@@ -127,6 +169,24 @@ class Method(Section, ABC):
     def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
         return
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor, by its full name or by peft's, belongs to one of the named modules."""
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+def check_fit(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Refuse saved tensors that are not exactly the expected ones by name and shape.
+
+    Raises:
+        MethodError: names one that differs.
+    """
+    for name in sorted(expected.keys() | saved.keys()):
+        ours, theirs = (tuple(one[name].shape) if name in one else None for one in (expected, saved))
+        if ours != theirs:
+            shapes = [str(shape) if shape else "missing" for shape in (theirs, ours)]
+            raise MethodError(f"its '{name}' is {shapes[0]}, and {shapes[1]} here; set the method to what it was")
 
 
 def train_only(model: nn.Module, modules: Iterable[str]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +13,19 @@ from peftkit.backbones.modules import architecture, head_modules
 from peftkit.backbones.targets import Target, find_targets
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, check_trained, module_parameters, train_in_float32
+from peftkit.methods.base import Method, check_fit, check_trained, inside, module_parameters, train_in_float32
+from peftkit.methods.peft_files import (
+    ADAPTER,
+    LEFT_OUT,
+    NOTES,
+    WEIGHTS,
+    adapter_state,
+    check_alike,
+    put_in,
+    quiet_peft,
+    read_saved,
+    saved_config,
+)
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -32,12 +42,6 @@ TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
-ADAPTER = "default"
-WEIGHTS = "adapter_model.safetensors"
-NOTES = "peftkit"
-"""The only entry of the weights' metadata, as JSON: of several, safetensors writes now one first and now another."""
-LEFT_OUT = "left_out"
-"""Under this, the notes name the targets that training left without any weights."""
 
 
 class FromPeft(Method):
@@ -61,6 +65,7 @@ class FromPeft(Method):
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
         with quiet_libraries():
             from peft import get_peft_model
+        from peftkit.backbones.new_tokens import check_reached
 
         model: Any = backbone.model
         expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
@@ -68,6 +73,7 @@ class FromPeft(Method):
         with quiet_libraries(), quiet_peft():
             config = self.peft_config(backbone, self._split(backbone), total_steps)
             adapted = self.prepared(get_peft_model(model, config))
+        check_reached(adapted)
         check_trained(adapted, expected, self)
         return adapted
 
@@ -87,17 +93,14 @@ class FromPeft(Method):
         follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
-        from safetensors import safe_open
-
         with quiet_libraries():
             from peft import PeftModel
 
         targets = self._split(backbone)
         train_in_float32(backbone.model, backbone.head_modules)
         base: Any = backbone.model
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            saved, metadata = set(file.keys()), file.metadata() or {}
-        notes: dict[str, str] = json.loads(metadata.get(NOTES, "{}"))
+        notes, tensors = read_saved(folder)
+        saved = set(tensors)
         self._refuse_missing(targets, saved, notes, base, folder)
         try:
             with quiet_libraries(), quiet_peft():
@@ -112,6 +115,20 @@ class FromPeft(Method):
         self.check_notes(model, notes, folder)
         return self.prepared(model).requires_grad_(False)
 
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        notes, saved = read_saved(folder)
+        check_alike(saved_config(folder), model)
+        own = adapter_state(model)
+        staying = {name: tensor for name, tensor in own.items() if inside(name, kept)}
+        tensors = {name: tensor for name, tensor in saved.items() if not inside(name, dropped)}
+        check_fit({name: tensor for name, tensor in own.items() if name not in staying}, tensors)
+        put_in(model, tensors | staying)
+        self.check_notes(model, notes, folder)
+
+    def refuse_other(self, saved: Method) -> None:
+        """Nothing: `restore` compares what both come to in peft's words."""
+        return
+
     def _refuse_missing(
         self, targets: list[Target], saved: set[str], notes: dict[str, str], base: nn.Module, folder: Path
     ) -> None:
@@ -125,7 +142,9 @@ class FromPeft(Method):
 
     def merge(self, model: nn.Module) -> nn.Module:
         from peftkit.backbones.fused import fuse
+        from peftkit.backbones.new_tokens import fold
 
+        fold(model)  # first: what was adapted of the embeddings holds for the new rows too
         _unwrap_heads(model)
         return fuse(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
 
@@ -169,17 +188,6 @@ def task_type(model: nn.Module) -> str | None:
     return next((task for suffix, task in TASK_TYPES.items() if name.endswith(suffix)), None)
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """peft's view of what belongs to the adapter, by the names that its files have."""
-    from peft import get_peft_model_state_dict
-
-    with warnings.catch_warnings():
-        # said of biases beside B, too
-        warnings.filterwarnings("ignore", "Adapter .* LoRA tensor.* have invalid shape")
-        state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
-
-
 def refuse_embeddings(model: nn.Module, targets: list[Target], what: str) -> None:
     """Refuse embeddings among the targets of what is for linear layers only.
 
@@ -201,23 +209,6 @@ def _unwrap_heads(model: nn.Module) -> None:
 
     for name, part in [one for one in model.named_modules() if isinstance(one[1], ModulesToSaveWrapper)]:
         model.set_submodule(name, part.modules_to_save[ADAPTER])
-
-
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Silence what peft warns of although it is right so.
-
-    It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that names
-    agree, and that projections are drawn alike on loading, is checked by us; BOFT does without its CUDA kernel; LN
-    tuning knows no names.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1")
-        warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", "Found missing adapter keys|The following (rank|alpha)_pattern keys")
-        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A and vera_B")
-        yield
 
 
 def are_transposed(model: nn.Module, names: list[str]) -> bool:

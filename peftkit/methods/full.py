@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, lost_to_rounding, module_parameters, numel
+from peftkit.methods.base import Method, inside, lost_to_rounding, module_parameters, numel
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class Full(Method):
     kind: Literal["full"] = "full"
 
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
+        from peftkit.backbones.new_tokens import fold_backbone
+
+        fold_backbone(backbone)
         for parameter in backbone.model.parameters():
             if conflict := lost_to_rounding(self.kind, str(parameter.dtype).removeprefix("torch.")):
                 raise MethodError(conflict)
@@ -39,6 +43,9 @@ class Full(Method):
         follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
+        from peftkit.backbones.new_tokens import fold_backbone
+
+        fold_backbone(backbone)
         # by transformers, which writes some architectures' weights under other names than the model has
         base: Any = backbone.model
         how = {"config": base.config, "dtype": base.dtype, "use_safetensors": True, "local_files_only": True}
@@ -55,6 +62,22 @@ class Full(Method):
         backbone.model = model
         loaded: nn.Module = model.requires_grad_(False)
         return loaded
+
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        plain: Any = model
+        how = {"config": plain.config, "dtype": plain.dtype, "use_safetensors": True, "local_files_only": True}
+        with quiet_libraries():
+            loaded, info = type(plain).from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **how
+            )
+        differing = {name for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
+        differing |= {name for name in info["unexpected_keys"] if not inside(name, dropped)}
+        if lacking := sorted(name for name in differing if not inside(name, kept)):
+            raise MethodError(f"its weights are not those of this model: they differ in {', '.join(lacking[:3])}")
+        saved = dict(loaded.named_parameters())
+        for name, parameter in model.named_parameters():
+            if not inside(name, kept):
+                parameter.data.copy_(saved[name])
 
     def merge(self, model: nn.Module) -> nn.Module:
         return model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError
-from peftkit.methods.base import Method, trained_parameters, trained_tensors
+from peftkit.methods.base import Method, check_fit, inside, trained_parameters, trained_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +41,15 @@ class InModel(Method):
                 raise ArtifactError(f"{file}: '{name}' has shape {tuple(tensors[name].shape)}")
             parameter.data.copy_(tensors[name])
         return model.requires_grad_(False)
+
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        from safetensors.torch import load_file
+
+        expected = {name: p for name, p in trained_parameters(model).items() if not inside(name, kept)}
+        saved = {name: one for name, one in load_file(folder / WEIGHTS).items() if not inside(name, dropped)}
+        check_fit(expected, saved)
+        for name, parameter in expected.items():
+            parameter.data.copy_(saved[name])
 
     def saved_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What `save` writes."""

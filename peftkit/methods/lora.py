@@ -60,6 +60,11 @@ class LoRA(FromPeft):
 
     @model_validator(mode="after")
     def _fit_together(self) -> LoRA:
+        if self.start_from is not None and self._rewrites_base:
+            raise ValueError(
+                f"initialization {self.initialization} moves a part of the backbone into a new adapter, and start_from "
+                "brings a trained one; leave initialization out"
+            )
         if self.initialization == "orthogonal" and self.rank % 2:
             raise ValueError(f"orthogonal initialization needs an even rank, not {self.rank}")
         if self._freezes_b and self._has_lengths:

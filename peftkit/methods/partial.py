@@ -40,7 +40,9 @@ class HeadOnly(InModel):
         return backbone.model
 
     def merge(self, model: nn.Module) -> nn.Module:
-        return model
+        from peftkit.backbones.new_tokens import fold
+
+        return fold(model)
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:
         return 0
@@ -78,7 +80,9 @@ class Partial(InModel):
         return model
 
     def merge(self, model: nn.Module) -> nn.Module:
-        return model
+        from peftkit.backbones.new_tokens import fold
+
+        return fold(model)
 
     def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
         return [conflict] if (conflict := lost_to_rounding(self.kind, dtype)) else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -40,6 +41,9 @@ class Prefix(InModel):
 
     artifact: ClassVar[str] = "adapter"
     size: ClassVar[str | None] = "length"
+    free: ClassVar[frozenset[str]] = InModel.free | {
+        *("initialization", "initialization_text", "reparametrization_size"),
+    }
     kind: Literal["prefix"] = "prefix"
     length: Annotated[int, Field(gt=0)] = 20
     """Keys and values that are prepended in each attention module."""
@@ -87,6 +91,14 @@ class Prefix(InModel):
     def attach_for_inference(self, backbone: Backbone) -> nn.Module:
         direct = {"reparametrization_size": None, "initialization": "random", "initialization_text": None}
         return self.model_copy(update=direct).attach(backbone, total_steps=1)
+
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        if self.reparametrization_size:
+            raise MethodError(
+                "the MLP of reparametrization_size is not saved, only the keys and values that it made; leave "
+                "method.reparametrization_size out to train those on"
+            )
+        super().restore(model, folder, dropped, kept)
 
     def saved_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The head, and the keys and values that the prefix amounts to."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
     from peftkit.backbones.targets import Target
+    from peftkit.tasks.base import Task
 
 
 class VirtualTokens(FromPeft):
@@ -33,6 +36,14 @@ class VirtualTokens(FromPeft):
 
     def virtual_tokens(self) -> int:
         return self.length
+
+    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+        if getattr(task, "packing", False):
+            return [
+                f"method '{self.kind}' puts its tokens in front of a sequence, so of the examples that task.packing "
+                "lets share one only the first would see them; leave packing out, or use kind: prefix"
+            ]
+        return []
 
     def prepared(self, model: nn.Module) -> nn.Module:
         peft_model: Any = model
@@ -173,6 +184,12 @@ class PTuning(VirtualTokens):
         """The network's outputs instead of the network, of which peft would save `mlp_head` as it ends in "head"."""
         config, state = super().saved_form(model)
         return config, {name: tensor for name, tensor in state.items() if not name.startswith("prompt_encoder.")}
+
+    def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
+        raise MethodError(
+            "method 'p_tuning' leaves its network behind when it is saved, so it cannot train on; train for longer in "
+            "one run, or use method 'prompt', which can"
+        )
 
     def _hidden(self, width: int) -> int:
         return self.encoder_hidden_size or (width if self.encoder == "mlp" else max(1, width // 2))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from peftkit.backbones.load import Head
+from peftkit.data.augment import AnyAugmentation
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
-from peftkit.data.sources import DataSettings, Splits, read_splits
+from peftkit.data.mix import AnyData, read_data
+from peftkit.data.sources import Splits
 from peftkit.errors import DataError, UsageError
 from peftkit.metrics.extra import AnyMetric
 from peftkit.schema import Section, nearest
 from peftkit.tasks.losses import AnyLoss, CrossEntropy, summed_loss
+from peftkit.tasks.outputs import Outputs, divergences
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +43,8 @@ class Encoded:
     """The index of the row that each example belongs to, ascending; None: every row is one example."""
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Rows (by index) that have no example, and why; only ever rows of train."""
+    notes: tuple[str, ...] = ()
+    """What else was done to the rows, in plain words."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -81,12 +87,16 @@ class Task(Section, ABC):
     """What is to be learnt, from which columns of which data."""
 
     kind: str
-    data: DataSettings | None = None
+    data: AnyData | None = None
     """Left out only where the rows are handed over in Python: `peftkit.train(run, splits=…)`."""
     max_length: Annotated[int, Field(gt=2)] = 256
     """Tokens; longer texts are cut, and counted."""
     loss: AnyLoss = CrossEntropy()
     metrics: tuple[AnyMetric, ...] = ()
+    averages: ClassVar[bool] = False
+    """Predictions come from `logits` alone, item by item, so that those of several models have a mean."""
+    augmentation: tuple[AnyAugmentation, ...] = ()
+    """What adds changed copies to the rows of train: deletion, swap, synonyms, back_translation."""
 
     @model_validator(mode="after")
     def _names_its_data(self, info: ValidationInfo) -> Self:
@@ -94,6 +104,20 @@ class Task(Section, ABC):
         if info.mode == "json" and "data" not in self.model_fields_set:
             raise ValueError("data is missing: name a file as data.train, or a data set as data.name")
         return self
+
+    @model_validator(mode="after")
+    def _augments_what_it_can(self) -> Self:
+        if self.augmentation and not self.free_texts:
+            raise ValueError(
+                f"augmentation: the answers of task '{self.kind}' belong to single words, or are text themselves, and "
+                "would not fit changed words; leave it out"
+            )
+        return self
+
+    @property
+    def free_texts(self) -> tuple[str, ...]:
+        """Columns whose words may change without changing the answer; none where answers depend on single words."""
+        return ()
 
     @property
     @abstractmethod
@@ -103,6 +127,33 @@ class Task(Section, ABC):
     @abstractmethod
     def label_column(self) -> str | None:
         """The column of classes that a carved dev split is stratified by, where there is one."""
+
+    def text_columns(self, rows: Rows) -> tuple[str, ...]:
+        """The columns of what is read and written, for the audit of the data: those that a setting names, alone or in a
+        template; without any, all but the labels."""
+        known, label = rows.head(1000).column_names, self.label_column()
+        settings = [value for name, value in self if isinstance(value, str) and not name.startswith("label")]
+        named = {one for value in settings for one in (value, *re.findall(r"\{(\w[^{}]*)\}", value))}
+        return tuple(name for name in known if name in named and name != label) or tuple(
+            name for name in known if name != label
+        )
+
+    @property
+    def longest_input(self) -> int:
+        """The most tokens that the model is ever given at once."""
+        return self.max_length
+
+    def for_epoch(self, example: Example, epoch: int) -> Example:
+        """An example of train in one epoch (from 0), for what is drawn anew each time; pure, and of the same weight."""
+        return example
+
+    def order(self, encoded: Encoded) -> list[int]:
+        """Examples in the order in which an evaluation cuts them into batches: those of similar length together."""
+        return sorted(range(len(encoded)), key=encoded.lengths.__getitem__)
+
+    def scoring_note(self, encoded: Encoded) -> str:
+        """What of a split the scores leave out, in plain words; empty where they are of everything."""
+        return ""
 
     def while_training(self) -> Task:
         """The task as dev is scored during training: without what takes long, such as generating text."""
@@ -116,11 +167,23 @@ class Task(Section, ABC):
         """
         if self.data is None:
             raise UsageError("task.data names no rows, so they must be given: in Python as splits, or as --data FILE")
-        return read_splits(self.data, label=self.label_column())
+        return read_data(self.data, label=self.label_column())
 
     @abstractmethod
     def head(self, train: Rows) -> Head:
         """The model class, and the labels in the order that is kept for good."""
+
+    def check_backbone(self, config: Any, virtual_tokens: int) -> None:
+        """Refuse an architecture that cannot do this task, before its weights load.
+
+        Args:
+            config: the model's configuration.
+            virtual_tokens: positions that the method takes.
+
+        Raises:
+            BackboneError, UsageError: what it lacks, or how long a text it takes.
+        """
+        return
 
     @abstractmethod
     def encode(
@@ -135,6 +198,10 @@ class Task(Section, ABC):
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits with the classes last; leading dimensions as in `batch["labels"]`."""
+
+    def answers_alike(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two computations of an example's logits stand for the same answer."""
+        return bool((one.argmax(-1) == other.argmax(-1)).all())
 
     def class_weights(self, encoded: Encoded, labels: Sequence[str]) -> list[float]:
         """The weight of each class in the loss, from how often it occurs in training."""
@@ -153,7 +220,22 @@ class Task(Section, ABC):
 
     def summed_loss(self, model: nn.Module, batch: Batch, class_weights: Tensor) -> Tensor:
         """Σ weight · loss over the supervised items of a batch; a scalar in float32."""
-        return summed_loss(self.loss, *self.supervised_logits(model, batch), class_weights)
+        return self.loss_of(*self.supervised_logits(model, batch), class_weights)
+
+    def loss_of(self, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+        """Σ weight · loss of what `supervised_logits` returned; a scalar in float32."""
+        return summed_loss(self.loss, logits, labels, class_weights)
+
+    @property
+    def outputs(self) -> Outputs:
+        """What each item's logits stand for."""
+        return "classes"
+
+    def divergence(self, one: Tensor, other: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+        """Σ weight · ½ (KL(p ‖ q) + KL(q ‖ p)) between two sets of supervised logits; a scalar in float32."""
+        found = divergences(self.outputs, one.float(), other.float())
+        weighted = self.outputs == "classes" and len(class_weights)
+        return (found * class_weights[labels]).sum() if weighted else found.sum()
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, labels: Sequence[str]) -> list[Prediction]:

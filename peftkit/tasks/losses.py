@@ -71,6 +71,42 @@ class Focal(CrossEntropy):
         return wrong.pow(self.gamma) * losses
 
 
+class BinaryCrossEntropy(Section):
+    """−w·y·log p − (1 − y)·log(1 − p) of each label by itself, then the mean over the labels of an example."""
+
+    kind: Literal["binary_cross_entropy"] = "binary_cross_entropy"
+    positive_weights: Literal["balanced"] | tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """w: `balanced` is rows without the label / rows with it, or one weight a label in label order; default 1."""
+
+    def label_weights(self, positives: Sequence[int], rows: int) -> list[float]:
+        """w of each label, given how many of the training rows have it."""
+        if self.positive_weights is None:
+            return [1.0] * len(positives)
+        if self.positive_weights == "balanced":
+            return [(rows - count) / count if 0 < count < rows else 1.0 for count in positives]
+        if len(self.positive_weights) != len(positives):
+            given = len(self.positive_weights)
+            raise DataError(f"task.loss.positive_weights has {given} weights for {len(positives)} labels")
+        return list(self.positive_weights)
+
+    def item_losses(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Shape (items,), for `logits` and 0/1 `labels` of shape (items, labels) and `weights` (labels,)."""
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        losses = binary_cross_entropy_with_logits(logits, labels.to(logits), pos_weight=weights, reduction="none")
+        return losses.mean(-1)
+
+
+class SquaredError(Section):
+    """(prediction − number)², in the numbers' own unit: nothing is rescaled."""
+
+    kind: Literal["squared_error"] = "squared_error"
+
+    def item_losses(self, predictions: Tensor, numbers: Tensor) -> Tensor:
+        """Shape (items,), for two tensors of that shape."""
+        return (predictions - numbers).square()
+
+
 def _loss_by_name(value: Any) -> Any:
     if isinstance(value, str):
         return {"kind": value}
@@ -82,6 +118,14 @@ def _loss_by_name(value: Any) -> Any:
 _Loss = Annotated[CrossEntropy | Weighted | LabelSmoothed | Focal, Field(discriminator="kind")]
 _LossName = Literal["cross_entropy", "weighted", "label_smoothed", "focal"]
 AnyLoss = Annotated[_Loss, BeforeValidator(_loss_by_name, json_schema_input_type=_Loss | _LossName)]
+
+_SequenceLoss = Annotated[
+    CrossEntropy | Weighted | LabelSmoothed | Focal | BinaryCrossEntropy | SquaredError, Field(discriminator="kind")
+]
+_SequenceLossName = Literal[_LossName, "binary_cross_entropy", "squared_error"]
+AnySequenceLoss = Annotated[
+    _SequenceLoss, BeforeValidator(_loss_by_name, json_schema_input_type=_SequenceLoss | _SequenceLossName)
+]
 
 
 def summed_loss(loss: CrossEntropy, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:

@@ -1,57 +1,115 @@
-"""One label for a text, or for a pair of texts."""
+"""Labels or a number for a text, or for a pair of texts."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peftkit.backbones.load import Head
 from peftkit.data.files import Rows
-from peftkit.errors import DataError, UsageError
-from peftkit.tasks.base import Batch, Encoded, Prediction, Scores, Task, refuse_rows, refuse_unknown
+from peftkit.errors import UsageError
+from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.losses import AnySequenceLoss, BinaryCrossEntropy, CrossEntropy, SquaredError
+from peftkit.tasks.multi_label import MultiLabel
+from peftkit.tasks.outputs import Outputs
+from peftkit.tasks.problems import Problem, SingleLabel
+from peftkit.tasks.regression import Regression
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-NUMBER = re.compile(r"-?\d+")
+PROBLEMS: dict[str, type[Problem]] = {
+    "single_label": SingleLabel,
+    "multi_label": MultiLabel,
+    "regression": Regression,
+}
+OUTPUTS: dict[str, Outputs] = {"single_label": "classes", "multi_label": "marks", "regression": "number"}
+LOSSES = {"single_label": CrossEntropy(), "multi_label": BinaryCrossEntropy(), "regression": SquaredError()}
 
 
 class SequenceClassification(Task):
-    """Sentiment, topic, intent, paraphrase: two or more classes, one per row."""
+    """Sentiment, topic, intent, paraphrase; several labels at once; or a number such as a similarity."""
 
+    averages: ClassVar[bool] = True
     kind: Literal["sequence_classification"] = "sequence_classification"
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    """`single_label`: two or more classes, one a row. `multi_label`: any number of labels a row, none included.
+    `regression`: a number a row, trained on squared error in the data's own unit."""
     text: str = "text"
     text_pair: str | None = None
     """Column of the second text, for sentence pairs."""
     label: str = "label"
+    """Column of the class, of the list of labels, or of the number."""
     labels: tuple[str, ...] | None = None
     """Label order, fixed for good. Default: numbers ascending, texts alphabetically."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """multi_label: what stands between the labels where `label` holds text, as in a .csv."""
+    label_columns: tuple[str, ...] | None = None
+    """multi_label: columns of 0 and 1, one a label, in place of `label`."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """multi_label: the probability from which a label is given."""
     pooling: Literal["cls", "mean"] = "cls"
     """`cls`: the architecture's own head, on the first token of encoders and the last of decoders.
     `mean`: a linear layer on the mean over tokens, which equals the mean of a token classifier's logits."""
+    loss: AnySequenceLoss = CrossEntropy()  # type: ignore[assignment]
+    """Default: cross_entropy of classes, binary_cross_entropy of labels, squared_error of numbers."""
 
-    @field_validator("labels")
+    @field_validator("labels", "label_columns")
     @classmethod
-    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _distinct(cls, labels: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         if labels is not None and (len(set(labels)) != len(labels) or len(labels) < 2):
-            raise ValueError("labels must be two or more different names")
+            raise ValueError(f"{info.field_name} must be two or more different names")
         return labels
+
+    @model_validator(mode="after")
+    def _default_loss(self) -> SequenceClassification:
+        if "loss" not in self.model_fields_set:
+            # not before validation, which would turn JSON's lists into Python's, and those are no tuples
+            object.__setattr__(self, "loss", LOSSES[self.problem])
+        return self
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> SequenceClassification:
+        fitting = PROBLEMS[self.problem].losses
+        if self.loss.kind not in fitting:
+            raise ValueError(
+                f"loss '{self.loss.kind}' does not fit problem '{self.problem}'; it can be: {', '.join(fitting)}"
+            )
+        if self.problem != "multi_label":
+            given = [name for name in ("label_separator", "label_columns") if getattr(self, name) is not None]
+            given += ["threshold"] if self.threshold != 0.5 else []
+            if given:
+                raise ValueError(f"{' and '.join(given)}: only of problem 'multi_label', not '{self.problem}'")
+        if self.label_columns and (self.labels or self.label_separator):
+            other = "labels" if self.labels else "label_separator"
+            raise ValueError(f"label_columns name the labels by themselves; leave {other} out")
+        if self.problem == "regression" and self.labels:
+            raise ValueError("labels are of classes, and a regression has none; leave them out")
+        return self
+
+    @property
+    def meaning(self) -> Problem:
+        """What the outputs stand for."""
+        return PROBLEMS[self.problem](self)
+
+    @property
+    def free_texts(self) -> tuple[str, ...]:
+        return (self.text, *([self.text_pair] if self.text_pair else []))
 
     @property
     def headline(self) -> str:
-        return "accuracy"
+        return self.meaning.headline
 
-    def label_column(self) -> str:
-        return self.label
+    def label_column(self) -> str | None:
+        return self.label if self.problem == "single_label" else None
 
     def head(self, train: Rows) -> Head:
         classes = {"cls": "AutoModelForSequenceClassification", "mean": "AutoModelForTokenClassification"}
-        return Head(classes[self.pooling], self.labels or self._label_order(train))
+        meaning = self.meaning
+        return Head(classes[self.pooling], meaning.names(train), problem_type=meaning.problem_type)
 
     def encode(
         self, rows: Rows, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], supervised: bool = True
@@ -62,36 +120,49 @@ class SequenceClassification(Task):
         keys = [key for key in ("input_ids", "token_type_ids") if key in encoding]
         examples = [{key: encoding[key][index] for key in keys} for index in range(len(texts))]
         if supervised:
-            ids = {label: index for index, label in enumerate(labels)}
-            for example, reference in zip(examples, self.references(rows, labels), strict=True):
-                example["labels"] = ids[reference]
+            for example, target in zip(examples, self.meaning.targets(rows, labels), strict=True):
+                example["labels"] = target
         return Encoded(examples, sum(bool(one.overflowing) for one in encoding.encodings or []))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Shape (examples, classes)."""
+        """Shape (examples, outputs)."""
         logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         if self.pooling == "cls":
             return logits
         mask = batch["attention_mask"].unsqueeze(-1).to(logits.dtype)
         return (logits * mask).sum(1) / mask.sum(1)
 
+    def answers_alike(self, one: Tensor, other: Tensor) -> bool:
+        return self.meaning.answers_alike(one, other)
+
+    def class_weights(self, encoded: Encoded, labels: Sequence[str]) -> list[float]:
+        return self.meaning.weights([example["labels"] for example in encoded.examples], labels)
+
+    def example_weight(self, example: Example, class_weights: Sequence[float]) -> float:
+        return self.meaning.example_weight(example["labels"], class_weights)
+
+    def supervised_logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (examples, outputs), and class ids (examples,), marks (examples, labels) or numbers (examples,)."""
+        return self.logits(model, batch), batch["labels"]
+
+    def loss_of(self, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+        return self.meaning.summed_loss(logits.float(), labels, class_weights)
+
+    @property
+    def outputs(self) -> Outputs:
+        return OUTPUTS[self.problem]
+
     def predict(self, model: nn.Module, batch: Batch, labels: Sequence[str]) -> list[Prediction]:
-        probabilities = self.logits(model, batch).float().softmax(-1).cpu().tolist()
-        return [_prediction(row, labels) for row in probabilities]
+        return self.meaning.predictions(self.logits(model, batch).float(), labels)
 
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
-        from peftkit.metrics.classes import ClassificationReport
-
-        predicted, references = self.metric_inputs(predictions, rows, labels)
-        values = ClassificationReport(labels=labels).compute(predictions=predicted, references=references)
-        per_class = values.pop("per_class")
-        return Scores(self.headline, values, per_class, len(predicted))
+        return self.meaning.score(predictions, rows, labels)
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]
-    ) -> tuple[list[int], list[int]]:
-        ids = {label: index for index, label in enumerate(labels)}
-        return [ids[p["label"]] for p in predictions], [ids[r] for r in self.references(rows, labels)]
+    ) -> tuple[list[Any], list[Any]]:
+        """Class ids, rows of 0/1, or numbers."""
+        return self.meaning.answers(predictions, labels), self.meaning.targets(rows, labels)
 
     def rows_from_text(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Rows:
         if (pairs is None) != (self.text_pair is None):
@@ -109,36 +180,11 @@ class SequenceClassification(Task):
         texts = {"text": record[self.text]} | ({"text_pair": record[self.text_pair]} if self.text_pair else {})
         return texts | prediction
 
-    def references(self, rows: Rows, labels: Sequence[str]) -> list[str]:
-        rows.require(self.label)
-        found = [_label_text(record[self.label]) for record in rows.records]
-        refuse_rows(rows, [i for i, one in enumerate(found) if one is None], "no label", f"fill in '{self.label}'")
-        texts = self._by_position([str(label) for label in found])
-        known = set(labels)
-        refuse_unknown(rows, {i: text for i, text in enumerate(texts) if text not in known}, labels)
-        return texts
+    def references(self, rows: Rows, labels: Sequence[str]) -> list[Any]:
+        return self.meaning.references(rows, labels)
 
     def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction]:
-        winner = Counter(self.references(train, labels)).most_common(1)[0][0]
-        return [_prediction([float(label == winner) for label in labels], labels)] * len(rows)
-
-    def _label_order(self, train: Rows) -> tuple[str, ...]:
-        train.require(self.label)
-        found = {_label_text(record[self.label]) for record in train.records} - {None}
-        texts = sorted(str(label) for label in found)
-        if all(NUMBER.fullmatch(text) for text in texts):
-            texts.sort(key=int)
-        names = train.features.get(self.label) or tuple(texts)
-        if len(names) < 2:
-            raise DataError(f"{train.source}: column '{self.label}' has {len(names)} label; classification needs two")
-        return names
-
-    def _by_position(self, texts: list[str]) -> list[str]:
-        """Numbers in the data are positions where the configuration has only names."""
-        if not self.labels or any(NUMBER.fullmatch(label) for label in self.labels):
-            return texts
-        names = {str(position): label for position, label in enumerate(self.labels)}
-        return [names.get(text, text) for text in texts]
+        return [self.meaning.majority(train, labels)] * len(rows)
 
     def _texts(self, rows: Rows, column: str) -> list[str]:
         rows.require(column)
@@ -146,21 +192,3 @@ class SequenceClassification(Task):
         empty = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
         refuse_rows(rows, empty, f"no text in '{column}'", "remove the row or fill it in")
         return values
-
-
-def _label_text(value: Any) -> str | None:
-    """A label as text; 3.0 from a table of floats is the label 3."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
-
-
-def _prediction(probabilities: Sequence[float], labels: Sequence[str]) -> Prediction:
-    best = max(range(len(labels)), key=probabilities.__getitem__)
-    return {
-        "label": labels[best],
-        "probability": probabilities[best],
-        "probabilities": dict(zip(labels, probabilities, strict=True)),
-    }

@@ -1,57 +1,102 @@
-"""A tag for every word: named entities and slots, in BIO."""
+"""A tag for every word: named entities and slots in any scheme, and tags without entities, such as parts of speech."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from peftkit.backbones.load import Head
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
-from peftkit.errors import DataError, UsageError
-from peftkit.tasks.base import Batch, Encoded, Prediction, Scores, Task, refuse_rows, refuse_unknown
+from peftkit.errors import UsageError
+from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.tagging_schemes import OUTSIDE, Scheme, inside_of
+from peftkit.tasks.tags import MISSING, EntityTags, PlainTags, Tags, check_lists
+from peftkit.tasks.word_windows import Window, cut, windows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-OUTSIDE = "O"
 TYPED = "(typed)"  # where rows_from_text keeps the text and the offsets of its words
 WORD = re.compile(r"\w+(?:['’\-.]\w+)*|[@#]\w+|[^\w\s]")
+ALIASES = {"iob2": "bio", "bioes": "iobes", "iob": "iob1"}
+
+
+def _canonical(value: Any) -> Any:
+    return ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 class TokenClassification(Task):
-    """Named entities: rows of words with a BIO tag each.
+    """Named entities, slots, parts of speech: rows of words with a tag each.
 
-    The first sub-word of a word carries its tag; the others are not supervised. Words beyond `max_length`
-    are predicted as `O`, so cutting costs recall and never shortens the test.
+    Entities are read from tags in whatever scheme the data has, learnt and predicted in `scheme`. The first sub-word of
+    a word carries its tag; a word that the tokenizer leaves without any is predicted as `O`.
+
+    Rows longer than `max_length` are read in windows that overlap. Each word is learnt once, and predicted once, in the
+    window where it has most context on its poorer side, so that nothing is lost; with `long_rows: cut` the words beyond
+    `max_length` are `O`, which costs recall and never shortens the test.
     """
 
+    averages: ClassVar[bool] = True
     kind: Literal["token_classification"] = "token_classification"
     tokens: str = "tokens"
     tags: str = "tags"
+    tag_names: tuple[str, ...] | None = None
+    """Where the data has numbers for tags: the tags, in the order of the numbers from 0."""
+    scheme: Annotated[Literal["bio", "iobes", "bilou", "io", "none"], BeforeValidator(_canonical)] = "bio"
+    """How entities are learnt; `io` cannot tell neighbours of one type apart, which its scores show. `iob2` is another
+    name of bio, `bioes` of iobes. `none`: tags that mark no entities, scored one by one."""
+    data_scheme: Annotated[Scheme | None, BeforeValidator(_canonical)] = None
+    """The scheme of the data; default: the one that its tags contradict least. Other tags are refused when given."""
+    supervise: Literal["first", "all"] = "first"
+    """Which sub-words of a word are learnt; with `all` the later ones get the entity's I-. Predictions come from the
+    first either way."""
+    long_rows: Literal["windows", "cut"] = "windows"
+    stride: Annotated[int, Field(ge=0)] | None = None
+    """Sub-words that a window shares with the one before it; default: a quarter of `max_length`."""
+
+    @field_validator("tag_names")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and (len(set(names)) != len(names) or len(names) < 2):
+            raise ValueError("tag_names must be two or more different names")
+        return names
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> TokenClassification:
+        if self.stride is not None and self.long_rows == "cut":
+            raise ValueError("stride is of windows; leave it out with long_rows: cut")
+        if self.stride is not None and self.stride >= self.max_length:
+            raise ValueError(f"stride {self.stride} is not below max_length, which is {self.max_length}")
+        if self.scheme == "none" and self.data_scheme is not None:
+            raise ValueError("data_scheme is of entities, and scheme 'none' has none; leave it out")
+        return self
+
+    @property
+    def meaning(self) -> Tags:
+        """What the tags stand for."""
+        if self.scheme == "none":
+            return PlainTags(self.tags, self.tag_names)
+        return EntityTags(self.tags, self.tag_names, self.scheme, self.data_scheme)
 
     @property
     def headline(self) -> str:
-        return "entity_f1"
+        return self.meaning.headline
 
     def label_column(self) -> str:
         return self.tags
 
+    def spellings(self, labels: Sequence[str]) -> Sequence[str]:
+        """The head's labels, and what else the data may spell them as."""
+        return self.meaning.spellings(labels)
+
     def head(self, train: Rows) -> Head:
-        self._check_lists(train, self.tags, "tags")
-        tags = {str(tag) for record in train.records for tag in record[self.tags]}
-        if train.features.get(self.tags):
-            tags = set(train.features[self.tags])
-        foreign = sorted(tag for tag in tags if tag != OUTSIDE and not re.fullmatch(r"[BI]-.+", tag))
-        if foreign:
-            raise DataError(f"{train.source}: tag '{foreign[0]}' in '{self.tags}' is not BIO (O, B-type or I-type)")
-        if tags <= {OUTSIDE}:
-            raise DataError(f"{train.source}: column '{self.tags}' has no entity to learn")
-        ordered = sorted(tags - {OUTSIDE}, key=lambda tag: (tag[2:], tag[0]))
-        return Head("AutoModelForTokenClassification", (OUTSIDE, *ordered), pretokenized=True)
+        return Head("AutoModelForTokenClassification", self.meaning.names(train), pretokenized=True)
 
     def encode(
         self, rows: Rows, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], supervised: bool = True
@@ -59,20 +104,44 @@ class TokenClassification(Task):
         words = self._words(rows)
         references = self.references(rows, labels) if supervised else None
         ids = {label: index for index, label in enumerate(labels)}
-        encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
-        keys = [key for key in ("input_ids", "token_type_ids") if key in encoding]
-        examples, truncated = [], 0
+        # all of them: where they are cut is decided here, and the tokenizer need not warn of their length
+        encoding = tokenizer(words, is_split_into_words=True, verbose=False)
+        columns = {key: encoding[key] for key in ("input_ids", "token_type_ids") if key in encoding}
+        examples, owners, truncated = [], [], 0
         for index, row in enumerate(words):
-            first = _first_positions(encoding.word_ids(index))
-            example: dict[str, Any] = {key: encoding[key][index] for key in keys}
-            example["words"] = [first.get(word, -1) for word in range(len(row))]
-            if references is not None:
-                example["labels"] = [IGNORED] * len(example["input_ids"])
-                for word, position in first.items():
-                    example["labels"][position] = ids[references[index][word]]
-            truncated += bool(encoding.encodings[index].overflowing)
-            examples.append(example)
-        return Encoded(examples, truncated)
+            word_ids = encoding.word_ids(index)
+            first = _first_positions(word_ids)
+            for window in self._windows(word_ids, len(row)):
+                example: Example = {key: [column[index][at] for at in window.tokens] for key, column in columns.items()}
+                places = {token: position for position, token in enumerate(window.tokens)}
+                example["words"] = [places.get(first.get(word, -1), -1) for word in window.words]
+                if references is not None:
+                    tags = self._token_tags(window, word_ids, first, references[index])
+                    example["labels"] = [IGNORED if tag is None else ids[tag] for tag in tags]
+                examples.append(example)
+                owners.append(index)
+            truncated += self.long_rows == "cut" and len(word_ids) > self.max_length
+        notes = self.meaning.notes(rows) if supervised else ()
+        return Encoded(examples, truncated, None if len(examples) == len(rows) else owners, notes=notes)
+
+    def _windows(self, word_ids: Sequence[int | None], words: int) -> list[Window]:
+        if self.long_rows == "cut" and len(word_ids) > self.max_length:
+            return [cut(word_ids, words, self.max_length)]
+        stride = self.max_length // 4 if self.stride is None else self.stride
+        return windows(word_ids, words, self.max_length, stride)
+
+    def _token_tags(
+        self, window: Window, word_ids: Sequence[int | None], first: dict[int, int], tags: Sequence[str]
+    ) -> Iterator[str | None]:
+        """The tag of each token of a window, None where it is not supervised."""
+        for token in window.tokens:
+            word = word_ids[token]
+            if word is None or word not in window.words:
+                yield None
+            elif token == first[word]:
+                yield tags[word]
+            else:
+                yield inside_of(tags[word], self.scheme) if self.supervise == "all" else None
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Shape (examples, tokens, classes)."""
@@ -82,30 +151,37 @@ class TokenClassification(Task):
 
     def predict(self, model: nn.Module, batch: Batch, labels: Sequence[str]) -> list[Prediction]:
         probabilities, best = self.logits(model, batch).float().softmax(-1).max(-1)
+        missing = MISSING if self.scheme == "none" else OUTSIDE
         predictions = []
         for row, positions in enumerate(batch["words"]):
             chosen = best[row].tolist()
             certain = probabilities[row].tolist()
             predictions.append(
                 {
-                    "tags": [labels[chosen[p]] if p >= 0 else OUTSIDE for p in positions],
+                    "tags": [labels[chosen[p]] if p >= 0 else missing for p in positions],
                     "probabilities": [certain[p] if p >= 0 else 1.0 for p in positions],
                 }
             )
         return predictions
 
-    def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
-        from peftkit.metrics.spans import EntityReport
+    def join(
+        self, found: Sequence[Prediction], encoded: Encoded, rows: Rows, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Prediction]:
+        """The windows of a row share its words out in order, so their predictions are put one behind the other."""
+        joined: list[Prediction] = [{"tags": [], "probabilities": []} for _ in rows.records]
+        for index, one in enumerate(found):
+            for name, values in joined[encoded.owner(index)].items():
+                values.extend(one[name])
+        return joined
 
-        predicted, references = self.metric_inputs(predictions, rows, labels)
-        values = EntityReport().compute(predictions=predicted, references=references)
-        per_class = values.pop("per_class")
-        return Scores(self.headline, values, per_class, len(predicted))
+    def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
+        return self.meaning.score([prediction["tags"] for prediction in predictions], self._aligned(rows), labels)
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]
-    ) -> tuple[list[list[str]], list[list[str]]]:
-        return [prediction["tags"] for prediction in predictions], self.references(rows, labels)
+    ) -> tuple[list[Any], list[Any]]:
+        """Lists of tags; without entities, the tag numbers of all words in a row."""
+        return self.meaning.metric_inputs([one["tags"] for one in predictions], self._aligned(rows), labels)
 
     def rows_from_text(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Rows:
         if pairs is not None:
@@ -118,30 +194,27 @@ class TokenClassification(Task):
         return Rows("input", records, range(1, len(records) + 1))
 
     def describe(self, prediction: Prediction, record: dict[str, Any]) -> dict[str, Any]:
-        """Entities with character offsets in the text (for given words: in the words joined by spaces). The
-        probability of an entity is that of its least certain word."""
-        words = record[self.tokens]
+        """Entities with character offsets in the text (for given words: in the words joined by spaces); the probability
+        of an entity is that of its least certain word. Without entities, the same of each word."""
+        words, tags = record[self.tokens], prediction["tags"]
         text, offsets = record.get(TYPED) or (" ".join(words), _offsets(words))
-        entities = [
+        plain = self.scheme == "none"
+        spans = self.meaning.spans(tags)
+        found = [
             {
-                "type": kind,
+                "tag" if plain else "type": name,
                 "text": text[offsets[first][0] : offsets[end - 1][1]],
                 "start": offsets[first][0],
                 "end": offsets[end - 1][1],
                 "probability": min(prediction["probabilities"][first:end]),
             }
-            for kind, first, end in entity_spans(prediction["tags"])
+            for name, first, end in spans
         ]
-        return {"text": text, "entities": entities}
+        return {"text": text, "words" if plain else "entities": found}
 
     def references(self, rows: Rows, labels: Sequence[str]) -> list[list[str]]:
-        self._check_lists(rows, self.tokens, "words")
-        self._check_lists(rows, self.tags, "tags")
-        uneven = [i for i, r in enumerate(rows.records) if len(r[self.tokens]) != len(r[self.tags])]
-        refuse_rows(rows, uneven, f"'{self.tokens}' and '{self.tags}' differ in length", "give each word one tag")
-        foreign = ((i, tag) for i, record in enumerate(rows.records) for tag in record[self.tags] if tag not in labels)
-        refuse_unknown(rows, {index: str(tag) for index, tag in foreign}, labels)
-        return [list(record[self.tags]) for record in rows.records]
+        """Tags in the task's scheme."""
+        return self.meaning.references(self._aligned(rows), labels)
 
     def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction]:
         winner = Counter(tag for row in self.references(train, labels) for tag in row).most_common(1)[0][0]
@@ -150,31 +223,25 @@ class TokenClassification(Task):
             for row in (record[self.tokens] for record in rows.records)
         ]
 
+    def _aligned(self, rows: Rows) -> Rows:
+        """Rows with a tag for each word."""
+        check_lists(rows, self.tokens, "words")
+        check_lists(rows, self.tags, "tags")
+        uneven = [i for i, r in enumerate(rows.records) if len(r[self.tokens]) != len(r[self.tags])]
+        refuse_rows(rows, uneven, f"'{self.tokens}' and '{self.tags}' differ in length", "give each word one tag")
+        return rows
+
     def _words(self, rows: Rows) -> list[list[str]]:
-        self._check_lists(rows, self.tokens, "words")
+        check_lists(rows, self.tokens, "words")
         values = [record[self.tokens] for record in rows.records]
         others = [i for i, value in enumerate(values) if not all(isinstance(word, str) for word in value)]
         refuse_rows(rows, others, f"'{self.tokens}' has something that is not text", "write each word as text")
         return values
 
-    def _check_lists(self, rows: Rows, column: str, what: str) -> None:
-        rows.require(column)
-        values = (record[column] for record in rows.records)
-        empty = [i for i, value in enumerate(values) if not isinstance(value, list) or not value]
-        refuse_rows(rows, empty, f"no list of {what} in '{column}'", "remove the row or fill it in")
-
 
 def split_words(text: str) -> list[tuple[str, int, int]]:
     """(word, start, end) for running text: words, mentions and hashtags whole, punctuation apart."""
     return [(match.group(), match.start(), match.end()) for match in WORD.finditer(text)]
-
-
-def entity_spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """(type, first word, one past the last word) of each entity; an `I-` that continues nothing starts one."""
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    for entity, first, last in get_entities(list(tags)):
-        yield entity, first, last + 1
 
 
 def _offsets(words: Sequence[str]) -> list[tuple[int, int]]:
@@ -187,8 +254,7 @@ def _offsets(words: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _first_positions(word_ids: Sequence[int | None]) -> dict[int, int]:
-    """The position of each word's first sub-word. A word may have none: it was cut off, or has no character
-    that the tokenizer knows."""
+    """The position of each word's first sub-word. A word has none where no character is known to the tokenizer."""
     first: dict[int, int] = {}
     for position, word in enumerate(word_ids):
         if word is not None:

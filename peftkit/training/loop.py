@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.config import Run, run_id
 from peftkit.data.collate import IGNORED, collate
 from peftkit.disk import require_space
-from peftkit.errors import TrainingError
+from peftkit.errors import TrainingError, UsageError
 from peftkit.evaluation import evaluate
 from peftkit.methods.base import numel, trained_parameters
 from peftkit.prepare import Prepared
@@ -21,6 +22,7 @@ from peftkit.training import batches, checkpoint
 from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.meter import Meter, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
+from peftkit.training.regularise import make_objective
 from peftkit.training.tracking import Log, learning_curve
 
 if TYPE_CHECKING:
@@ -34,17 +36,17 @@ CHECKPOINTS = "checkpoints"
 class TrainRecord:
     """What training did and what it cost. `seconds` is of training alone, without evaluation."""
 
-    steps: int
-    best_step: int
-    seconds: float
-    tokens: int
-    tokens_per_second: float
     peak_memory_bytes: int
-    trainable_parameters: int
     total_parameters: int
     processes: int
-    losses: tuple[float, ...]
-    evaluations: tuple[dict[str, Any], ...]
+    steps: int = 0
+    best_step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    trainable_parameters: int = 0
+    losses: tuple[float, ...] = ()
+    evaluations: tuple[dict[str, Any], ...] = ()
 
 
 def train(
@@ -54,10 +56,18 @@ def train(
 
     Continues from the newest checkpoint in the run folder, if there is one.
 
+    A method that trains nothing takes no step.
+
     Raises:
         TrainingError: a loss that is not a number, or a batch without supervision.
         ArtifactError: too little room on the disk, or a checkpoint that is damaged or not of this run.
     """
+    if not run.method.trains:
+        claim(run, accelerator)
+        peak, total = peak_memory_bytes(accelerator.device.type), sum(map(numel, model.parameters()))
+        return TrainRecord(peak_memory_bytes=peak, total_parameters=total, processes=accelerator.num_processes)
+    if run.method.start_from is not None and not hasattr(model, "started_from"):
+        raise UsageError("method.start_from is set and not done: call start_from(run, data, backbone, model) before")
     require_space(run_folder(run), checkpoint.bytes_needed(model, run.method, run.training.keep_best))
     loop = _Loop(model, run, data, accelerator, metrics)
     claim(run, accelerator)
@@ -71,7 +81,7 @@ class _Loop:
     ) -> None:
         import torch
 
-        self.model, self.run, self.data, self.accelerator, self.metrics = model, run, data, accelerator, metrics
+        self.model, self.run, self.data, self.accelerator = model, run, data, accelerator
         settings, examples = run.training, len(data.train.encoded)
         self.total_steps = settings.total_steps(examples)
         self.lengths = data.train.encoded.lengths
@@ -86,6 +96,10 @@ class _Loop:
         self.penalties: dict[str, float] = {}
         self.class_weights = torch.tensor(data.class_weights, device=accelerator.device)
         self.task_on_dev = run.task.while_training()
+        # what they compare may be what dev is scored without
+        self.metrics_on_dev = metrics if self.task_on_dev is run.task else ()
+        self.objective = make_objective(run.task, settings, model)
+        self.epoch = 0
         self.folder = run_folder(run)
         self.progress = Progress(run_id(run), data.fingerprint, accelerator.num_processes)
         states = {"optimizer": self.optimizer, "schedule": self.schedule}
@@ -125,7 +139,7 @@ class _Loop:
         return self._finish()
 
     def _train_step(self, epoch: int, batch: Sequence[int]) -> None:
-        rate = self.schedule.get_last_lr()[0]
+        rate, self.epoch = self.schedule.get_last_lr()[0], epoch
         loss = self._accumulate(batch)
         norm = self._update()
         self.progress.step += 1
@@ -143,11 +157,11 @@ class _Loop:
         parts = batches.micro_batches(batch, self.lengths, size, processes, accelerator.process_index)
         weight = self._weight(batch)
         total = self.class_weights.new_zeros(())
-        for part in parts:
-            last = part is parts[-1]
+        for part, number in itertools.product(parts, range(self.objective.passes)):
+            last = part is parts[-1] and number == self.objective.passes - 1
             quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
             with quiet:
-                loss = self._micro_loss(part)
+                loss = self._micro_loss(part, number)
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
                 accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
@@ -185,11 +199,12 @@ class _Loop:
             step = self.progress.step + 1
             raise TrainingError(f"the {what} is {value} at step {step}; lower training.learning_rate{mend}")
 
-    def _micro_loss(self, part: batches.MicroBatch) -> Any:
+    def _micro_loss(self, part: batches.MicroBatch, number: int) -> Any:
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
+        examples = [self.run.task.for_epoch(example, self.epoch) for example in examples]
         batch = collate(examples, self.data.train.pad_id, self.accelerator.device)
         with self.accelerator.autocast():
-            loss = self.run.task.summed_loss(self.wrapped, batch, self.class_weights)
+            loss = self.objective.loss(self.wrapped, self.model, batch, self.class_weights, number)
         return loss if part.counted else loss * 0.0
 
     def _weight(self, batch: Sequence[int]) -> float:
@@ -222,7 +237,7 @@ class _Loop:
 
     def _dev_scores(self) -> Scores:
         try:
-            return evaluate(self.model, self.task_on_dev, self.data.dev, self.accelerator, self.metrics).scores
+            return evaluate(self.model, self.task_on_dev, self.data.dev, self.accelerator, self.metrics_on_dev).scores
         except TrainingError as error:
             raise TrainingError(f"after step {self.progress.step}: {error}") from error
 

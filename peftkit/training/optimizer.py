@@ -64,6 +64,7 @@ def make_schedule(optimizer: Optimizer, settings: TrainingSettings, total_steps:
 
 def parameter_groups(model: nn.Module, settings: TrainingSettings, method: Method) -> list[dict[str, Any]]:
     """A group for each learning rate that the method asks for, apart for matrices, which decay, and vectors."""
+    assert settings.learning_rate is not None  # `Run` sees to it
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model).items():
         groups.setdefault((method.learning_rate_factor(name), parameter.ndim > 1), []).append(parameter)

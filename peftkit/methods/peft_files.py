@@ -1,0 +1,123 @@
+"""Adapters in peft's own files: reading them, comparing them, and putting them into a model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.errors import MethodError
+from peftkit.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+
+ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
+NOTES = "peftkit"
+"""The only entry of the weights' metadata, as JSON: of several, safetensors writes now one first and now another."""
+UNDECISIVE = frozenset(
+    {
+        *("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "task_type"),
+        *("modules_to_save", "fan_in_fan_out"),
+    }
+)
+"""Fields of peft's configurations that a saved adapter's function does not depend on, given the model that it is on."""
+LEFT_OUT = "left_out"
+"""Under this, the notes name the targets that training left without any weights."""
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """peft's view of what belongs to the adapter, by the names that its files have."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        # said of biases beside B, too
+        warnings.filterwarnings("ignore", "Adapter .* LoRA tensor.* have invalid shape")
+        state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def saved_config(folder: Path) -> PeftConfig:
+    """The configuration that `save` wrote."""
+    from peft import PeftConfig
+
+    with quiet_libraries(), quiet_peft():
+        return PeftConfig.from_pretrained(str(folder))
+
+
+def check_alike(saved: PeftConfig, model: Any) -> None:
+    """Refuse a saved configuration with which the same tensors would compute something else.
+
+    Raises:
+        MethodError: names the field and both values.
+    """
+    theirs, ours = (_decisive(config) for config in (saved, model.peft_config[ADAPTER]))
+    for name in theirs.keys() | ours.keys():
+        if theirs.get(name) != ours.get(name):
+            raise MethodError(
+                f"it was saved with peft's {name} {_short(theirs.get(name))}, and here it is {_short(ours.get(name))}; "
+                "set the method to what was saved"
+            )
+
+
+def put_in(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give an adapter, heads included, these values by the names that its files have.
+
+    Raises:
+        MethodError: peft did not take them all.
+    """
+    import torch
+    from peft import set_peft_model_state_dict
+
+    with quiet_libraries(), quiet_peft():
+        set_peft_model_state_dict(model, dict(tensors))
+    for name, tensor in adapter_state(model).items():
+        if not torch.equal(tensor.cpu(), tensors[name].to(tensor.dtype).cpu()):
+            raise MethodError(f"peft did not take up '{name}'; this method cannot go on from a saved run")
+
+
+def _decisive(config: PeftConfig) -> dict[str, Any]:
+    """What of a configuration decides what its tensors compute, in a form that can be compared."""
+    fields = config.to_dict()
+    return {
+        name: sorted(value) if isinstance(value, list | set | tuple) else value
+        for name, value in fields.items()
+        if value and name not in UNDECISIVE and "dropout" not in name and "init" not in name
+    }
+
+
+def read_saved(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The notes and the tensors of a saved file."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return json.loads(metadata.get(NOTES, "{}")), load_file(folder / WEIGHTS)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what peft warns of although it is right so.
+
+    It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that names
+    agree, and that projections are drawn alike on loading, is checked by us; BOFT does without its CUDA kernel; LN
+    tuning knows no names.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1")
+        warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "Found missing adapter keys|The following (rank|alpha)_pattern keys")
+        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A and vera_B")
+        yield
