@@ -9,7 +9,10 @@ Raw figures: benchmarks/results/recipes.json, by benchmarks/recipes.py. Not yet 
 
 import sys
 
+from peftkit.artifacts.continued import start_from
+from peftkit.artifacts.loading import merge_backbone
 from peftkit.artifacts.store import save
+from peftkit.audit.examine import audit
 from peftkit.backbones.load import load
 from peftkit.config import read_run
 from peftkit.console import guard
@@ -24,9 +27,12 @@ from peftkit.training.loop import train
 def main() -> None:
     run = read_run(expect=Full)
     accelerator = start(run)
+    merge_backbone(run)
     data = prepare(run)
+    audit(run, data)
     backbone = load(run.backbone, data.head)
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
+    start_from(run, data, backbone, model)
     announce(run, data, model, accelerator)
     scores = baselines(run.task, data.train, data.test)
     scores["before"] = evaluate(model, run.task, data.test, accelerator)

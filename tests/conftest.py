@@ -174,3 +174,12 @@ def write_config(tmp_path: Path, tiny_bert: Path, toy_data: Path) -> Callable[..
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def real_weights(real_data: Path) -> Path:
+    """The folder of small real models: PEFTKIT_WEIGHTS, or `weights` beside the real data sets."""
+    root = Path(os.environ.get("PEFTKIT_WEIGHTS") or real_data.parent / "weights")
+    if not root.is_dir():
+        pytest.skip("neither PEFTKIT_WEIGHTS nor `weights` beside PEFTKIT_DATA is a folder of small real models")
+    return root

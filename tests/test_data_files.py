@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,8 +21,11 @@ import pandas
 import pyarrow
 import pytest
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from peftkit.data.files import SUFFIXES, Rows, read_file
+from peftkit.data.sources import DataSettings, read_splits
+from peftkit.data.tables import Columns
 from peftkit.errors import DataError, PeftkitError, UsageError
 
 Write = Callable[[str, str | bytes], Path]
@@ -76,12 +81,12 @@ class TestCsv:
         assert len(rows.records[0]["text"]) == 200_000
         assert csv.field_size_limit() == before
 
-    def test_a_million_rows_in_ten_seconds(self, write: Write) -> None:
+    def test_a_million_rows_in_ten_processor_seconds(self, write: Write) -> None:
         lines = (f'"some text, number {i}",class{i % 7}\n' for i in range(1_000_000))
         path = write("big.csv", "text,label\n" + "".join(lines))
-        start = time.monotonic()
+        start = time.process_time()
         rows = read_file(path)
-        assert time.monotonic() - start < 10
+        assert time.process_time() - start < 10
         assert len(rows) == 1_000_000
         assert rows.where(999_999) == "big.csv:1000001"
 
@@ -221,6 +226,80 @@ def test_fault_names_its_place(write: Write, name: str, content: str | bytes, me
     assert "\n" not in str(caught.value)
 
 
+class TestOddFiles:
+    def test_packed(self, write: Write) -> None:
+        packed = gzip.compress(b"text\tlabel\nhi\tx\n\nho\ty\n")
+        rows = read_file(write("a.tsv.gz", packed))
+        assert rows.records == [{"text": "hi", "label": "x"}, {"text": "ho", "label": "y"}]
+        assert rows.where(1) == "a.tsv.gz:4"
+
+    @pytest.mark.parametrize("content", [b"text\n", gzip.compress(b"text\nhi\n" * 99)[:-12]])
+    def test_not_packed_or_cut(self, write: Write, content: bytes) -> None:
+        with pytest.raises(DataError, match=r"^a\.csv\.gz: not a whole gzip file"):
+            read_file(write("a.csv.gz", content))
+
+    def test_another_format_than_the_suffix_says(self, write: Write) -> None:
+        rows = read_file(write("a.txt", "text\tlabel\nhi\tx\n"), format="tsv")
+        assert rows.records == [{"text": "hi", "label": "x"}]
+
+    @pytest.mark.parametrize(("format", "text"), [("csv", "a,b\n\n1,2\n"), ("tsv", "a\tb\n\n1\t2\n")])
+    def test_names_of_columns_for_a_file_without_a_header(self, write: Write, format: str, text: str) -> None:
+        rows = read_file(write("a.data", text), format=format, columns=Columns(("x", "y")))
+        assert rows.records == [{"x": "a", "y": "b"}, {"x": "1", "y": "2"}]
+        assert list(rows.places) == [1, 3]
+
+    def test_fields_beyond_the_columns(self, write: Write) -> None:
+        path = write("a.tsv", "1\tgood\tx\ty\n2\tbad\n")
+        rows = read_file(path, columns=Columns(("n", "text"), ignore_extra=True))
+        assert rows.records == [{"n": "1", "text": "good"}, {"n": "2", "text": "bad"}]
+
+    def test_as_the_configuration_names_them(self, write: Write) -> None:
+        write("odd.csv", "1\tgood\tx\n2\tbad\n")
+        write("dev.tsv", "n\ttext\n3\tfine\n")
+        odd = {"file": "odd.csv", "format": "tsv", "columns": ["n", "text"], "ignore_extra": True}
+        splits = read_splits(DataSettings.model_validate({"train": odd, "dev": "dev.tsv"}))
+        assert splits.train.records == [{"n": "1", "text": "good"}, {"n": "2", "text": "bad"}]
+        assert splits.train.where(1) == "odd.csv:2"
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"format": "tvs"}, "no format 'tvs'; did you mean 'tsv'?"),
+            ({"columns": ["a", "a"]}, "two columns have one name"),
+            ({"columns": []}, "at least 1 item"),
+            ({"colums": ["a"]}, "colums"),
+        ],
+    )
+    def test_refused_settings(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValidationError, match=re.escape(message)):
+            DataSettings.model_validate({"train": {"file": "a.csv"} | given})
+
+    def test_a_data_set_with_a_name_has_no_files(self) -> None:
+        with pytest.raises(ValidationError, match="with name, train, dev and test are names of splits"):
+            DataSettings.model_validate({"name": "glue", "train": {"file": "a.csv"}})
+
+    @pytest.mark.parametrize(
+        ("settings", "error", "message"),
+        [
+            ({"format": "tvs"}, UsageError, "a.csv: no format 'tvs'; did you mean 'tsv'?"),
+            (
+                {"format": "jsonl", "columns": Columns(("x",))},
+                UsageError,
+                "a.csv: columns can be given for csv and tsv files",
+            ),
+            ({"columns": Columns(("a",))}, DataError, "a.csv:1: 2 fields, columns names 1"),
+            ({"columns": Columns(("a", "b", "c"), True)}, DataError, "a.csv:1: 2 fields, columns names 3"),
+            ({"columns": Columns(("a", "b"))}, DataError, "a.csv:1: this line holds the names of the columns; leave"),
+        ],
+    )
+    def test_settings_that_do_not_fit(
+        self, write: Write, settings: dict[str, Any], error: type[PeftkitError], message: str
+    ) -> None:
+        with pytest.raises(error) as caught:
+            read_file(write("a.csv", "a,b\n1,2\n"), **settings)
+        assert str(caught.value).startswith(message)
+
+
 def test_parquet_without_rows_or_with_a_column_twice(write: Write) -> None:
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), write("a.parquet", b""))
     with pytest.raises(DataError, match=r"^a\.parquet: only column names, no rows"):
@@ -250,7 +329,7 @@ class TestRefusedBeforeReading:
         with pytest.raises(DataError, match=r"^data\.csv: a folder, not a file"):
             read_file("data.csv")
 
-    @pytest.mark.parametrize("name", ["a.xlsx", "a", "a.csv.gz"])
+    @pytest.mark.parametrize("name", ["a.xlsx", "a", "a.csv.bz2", "a.gz"])
     def test_unknown_suffix_lists_the_known(self, write: Write, name: str) -> None:
         with pytest.raises(UsageError) as caught:
             read_file(write(name, "x"))
@@ -258,12 +337,13 @@ class TestRefusedBeforeReading:
         assert all(suffix in str(caught.value) for suffix in SUFFIXES)
 
     def test_unreadable(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(path: Path) -> bytes:
+        def refuse(path: Path, mode: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        monkeypatch.setattr(Path, "read_bytes", refuse)
+        path = write("a.csv", "x\n1\n")
+        monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(DataError, match=r"^a\.csv: cannot be read: Permission denied; check"):
-            read_file(write("a.csv", "x\n1\n"))
+            read_file(path)
 
 
 class TestRows:
@@ -335,7 +415,7 @@ REAL_COUNTS: dict[str, tuple[int, str]] = {
     "wnut17/dev.conll": (1009, "tags"),
     "wnut17/test.conll": (1287, "tags"),
     "alpaca_en_demo/alpaca_en_demo.json": (999, "output"),
-    "xquad_en/xquad.en.json": (48, "paragraphs"),
+    "xquad_en/xquad.en.json": (1190, "answers"),
 }
 
 

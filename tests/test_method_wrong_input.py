@@ -29,7 +29,8 @@ SIZED = {kind: str(method.size) for kind, method in METHODS.items() if method.si
 WITH_TARGETS = [kind for kind, method in METHODS.items() if "targets" in method.model_fields]
 ANY_SIZE = {"vera": "its projections may be wider than the matrices", "prefix": "encoders do not count its positions"}
 SAME_AT_ANY_DEPTH = ("head", "prompt", "p_tuning")
-ADDING = [kind for kind in METHODS if kind not in ("full", "head", "bitfit", "layernorm", "top_layers")]
+TRAINING = [kind for kind, method in METHODS.items() if method.trains]
+ADDING = [kind for kind in TRAINING if kind not in ("full", "head", "bitfit", "layernorm", "top_layers")]
 
 
 def configured(kind: str, **changes: Any) -> Method:
@@ -153,7 +154,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("kind", "other"),
-    [(k, o) for k in METHODS for o in OTHERS if k not in SAME_AT_ANY_DEPTH or o not in ("deeper", "flatter")],
+    [(k, o) for k in TRAINING for o in OTHERS if k not in SAME_AT_ANY_DEPTH or o not in ("deeper", "flatter")],
 )
 def test_an_artifact_of_another_backbone(
     kind: str, other: str, artifact: Callable[[str], Path], checkpoint: Callable[..., Path]
@@ -166,7 +167,7 @@ def test_an_artifact_of_another_backbone(
 
 
 @pytest.mark.parametrize("change", ["lacks", "adds"])
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", TRAINING)
 def test_an_artifact_that_lacks_or_adds_a_tensor(
     kind: str, change: str, artifact: Callable[[str], Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

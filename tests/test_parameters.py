@@ -276,7 +276,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 class TestAll:
     def test_every_kind_is_published(self) -> None:
-        assert {spec.text.partition(":")[0] for spec in published()} == METHODS.keys() - {"peft"}
+        assert {spec.text.partition(":")[0] for spec in published()} == METHODS.keys() - {"peft", "prompting"}
         assert len({(spec.label, spec.text) for spec in published()}) == len(published())
 
     @pytest.mark.parametrize("base", ["tiny_bert", "tiny_llama"])
@@ -454,7 +454,7 @@ class TestBudget:
 
     def test_all(self, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
         found = self.ask(tiny_bert, capsys, "--all", "--budget", "3k")
-        assert {one["method"].partition(":")[0] for one in found} == METHODS.keys() - {"peft"}
+        assert {one["method"].partition(":")[0] for one in found} == METHODS.keys() - {"peft", "prompting"}
         assert [one["method"] for one in found if one["method"].startswith("prompt")] == ["prompt:length=63"]
         assert all(one["trainable_parameters"] for one in found if one["note"] != "fixed")
         assert main(["params", "--backbone", str(tiny_bert), "--all", "--budget", "3k"]) == 0

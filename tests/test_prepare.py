@@ -17,7 +17,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(load, "_load_model", refuse)
+    monkeypatch.setattr(load, "load_model", refuse)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ RECIPES = {
 
 
 def test_no_recipe_is_forgotten() -> None:
-    assert set(RECIPES) == {file.stem for file in shipped.recipes()}
+    promptless = {"prompting"}  # has a test of its own: the backbone here writes no text
+    assert set(RECIPES) | promptless == {file.stem for file in shipped.recipes()}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,18 +14,53 @@ from peftkit.cli import main
 from peftkit.config import load_run
 from peftkit.schema import Section
 
-# rows enough that training has every label, and little work for each
-SHORT = ["training.max_steps=6", "training.batch_size=4", "training.evaluate_every=epoch", "task.max_length=8"]
+ROOT = Path(__file__).parents[1]
+
+STEPS = ["training.max_steps=2", "training.batch_size=4", "training.evaluate_every=epoch"]
+ROWS = {"reuters_r8": 240, "semeval2010_task8": 400, "wnut17": 1000}
+"""Rows enough that those of train have every label of the others; 40 are enough for the other data sets."""
+WORDS = ["task.max_length=8"]
+SPANS = ["task.max_length=64", "task.stride=16"]
+TEXT = ["task.max_length=48", "task.data.limit=8", "training.evaluation_batch_size=8"]
+ANSWERS = ["task.generation={max_new_tokens: 2, limit: 2, metrics: [rouge]}"]
+LITTLE = {
+    "sequence_classification": WORDS,
+    "token_classification": WORDS,
+    "relation_extraction": ["task.max_length=32"],
+    "question_answering": SPANS,
+    "label_words": TEXT,
+    "plain_text": TEXT,
+    "completion": TEXT + ANSWERS,
+    "chat": TEXT + ANSWERS,
+    "seq2seq": ANSWERS,
+}
+"""By task: little work a row."""
+INTENTS = "task.data={train: '${PEFTKIT_DATA}/banking77/train.csv', dev_fraction: 0.03, test_fraction: 0.03}"
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The backbone that `benchmarks/tiny_t5.py` makes."""
+    folder = tmp_path_factory.mktemp("backbone") / "tiny_t5"
+    make = runpy.run_path(str(ROOT / "benchmarks" / "tiny_t5.py"))["make"]
+    make(real_data / "multi30k_en_de" / "train.jsonl", folder)
+    return folder
 
 
 @pytest.mark.parametrize("config", shipped.configs(), ids=lambda path: path.stem)
 def test_every_shipped_configuration_runs(config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if "PEFTKIT_DATA" in config.read_text():
         request.getfixturevalue("real_data")
-    limit = f"task.data.limit={240 if 'reuters' in config.stem else 1000}"
-    assert main(["train", str(config), *SHORT, limit, f"output.folder={tmp_path / 'run'}"]) == 0
+    run, data = load_run(config), config.stem.rsplit("_", 1)[0]
+    rows = next((count for name, count in ROWS.items() if data.startswith(name)), 40)
+    limit = [INTENTS] if data == "banking77" else [f"task.data.limit={rows}"]
+    overrides = [*STEPS, *limit, *LITTLE[run.task.kind], f"output.folder={tmp_path / 'run'}"]
+    if data == "multi30k_en_de":
+        overrides.append(f"backbone.name={request.getfixturevalue('tiny_t5')}")
+    assert main(["train", str(config), *overrides]) == 0
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert set(scores) == {"majority", "before", "after"}
+    assert {"after"} | ({"before"} if run.method.trains else set()) <= set(scores) <= {"majority", "before", "after"}
+    assert all(math.isfinite(value) for one in scores.values() for value in one["values"].values())
 
 
 def test_shipped_configurations_share_one_data_root() -> None:
@@ -31,4 +68,4 @@ def test_shipped_configurations_share_one_data_root() -> None:
         data = load_run(config).task.data
         assert isinstance(data, Section)
         named = [value for value in (data.train, data.dev, data.test) if value]
-        assert data.name or all(value.startswith("${PEFTKIT_DATA}/") for value in named)
+        assert data.name or all(str(value).startswith("${PEFTKIT_DATA}/") for value in named)

@@ -15,12 +15,27 @@ MODULES = sorted([*(ROOT / "peftkit").rglob("*.py"), *(ROOT / "recipes").rglob("
 # A module may import from its own row and from the rows below it; the longest name that fits decides.
 LAYERS = (
     ("recipes",),
-    ("peftkit", "peftkit.cli", "peftkit.experiment", "peftkit.report", "peftkit.api"),
+    ("peftkit", "peftkit.cli", "peftkit.experiment", "peftkit.report", "peftkit.api", "peftkit.typed"),
     ("peftkit.artifacts", "peftkit.bench"),
-    ("peftkit.training", "peftkit.evaluation", "peftkit.prepare", "peftkit.session", "peftkit.planning"),
+    (
+        "peftkit.training",
+        "peftkit.evaluation",
+        "peftkit.prepare",
+        "peftkit.session",
+        "peftkit.planning",
+        "peftkit.audit",
+    ),
+    ("peftkit.demonstrations",),
     ("peftkit.config", "peftkit.config_problems"),
     ("peftkit.methods", "peftkit.tasks"),
-    ("peftkit.backbones", "peftkit.data", "peftkit.metrics", "peftkit.engine"),
+    (
+        "peftkit.backbones",
+        "peftkit.data",
+        "peftkit.metrics",
+        "peftkit.engine",
+        "peftkit.audit.catalogue",
+        "peftkit.audit.settings",
+    ),
     ("peftkit.config_file", "peftkit.shipped"),
     ("peftkit.errors", "peftkit.schema", "peftkit.quiet", "peftkit.console", "peftkit.disk", "peftkit.environment"),
 )
@@ -32,9 +47,11 @@ EARLY = {
     "peftkit.backbones.attention_inputs": "subclasses nn.Module; imported when something is added to attention",
     "peftkit.backbones.attention_by_hand": "subclasses transformers' modules; imported for DeBERTa and MPNet",
     "peftkit.backbones.fused": "subclasses nn.Module; imported when a role of a fused projection is adapted",
+    "peftkit.backbones.new_tokens": "subclasses nn.Module; imported when weights load or a task adds tokens",
     "peftkit.methods.bottleneck_layers": "subclasses nn.Module; imported when adapters are attached",
     "peftkit.methods.prefix_layers": "subclasses nn.Module; imported when a prefix is attached",
     "peftkit.metrics.classes": "subclasses evaluate.Metric; imported when scores are computed",
+    "peftkit.metrics.regression": "subclasses evaluate.Metric; imported when scores are computed",
     "peftkit.metrics.spans": "subclasses evaluate.Metric; imported when scores are computed",
 }
 

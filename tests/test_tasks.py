@@ -21,7 +21,8 @@ from peftkit.data.sources import DataSettings, splits_from
 from peftkit.errors import DataError, UsageError
 from peftkit.tasks import SequenceClassification, TokenClassification
 from peftkit.tasks.losses import CrossEntropy, Focal, LabelSmoothed, Weighted, summed_loss
-from peftkit.tasks.token_classification import entity_spans, split_words
+from peftkit.tasks.tagging_schemes import entity_spans
+from peftkit.tasks.token_classification import split_words
 
 SOMEWHERE = DataSettings(train="train.jsonl")
 
@@ -199,7 +200,7 @@ class TestEncodeWords:
         words = ["paris", "\u00ad", "unhappiness", "bobby", "paris"]
         tags = ["B-LOC", "B-PER", "O", "B-PER", "B-LOC"]
         rows = rows_of({"tokens": words, "tags": tags}, {"tokens": ["paris"], "tags": ["B-LOC"]})
-        encoded = token(max_length=6).encode(rows, splitting, self.labels)
+        encoded = token(max_length=6, long_rows="cut").encode(rows, splitting, self.labels)
         assert encoded.examples[0]["words"] == [1, -1, 2, -1, -1]
         assert encoded.truncated == 1
 
@@ -211,7 +212,7 @@ class TestEncodeWords:
                 scores = torch.where(paris[..., None], torch.tensor([0.0, 9, 0, 0]), torch.tensor([0.0, 0, 9, 0]))
                 return type("Output", (), {"logits": scores})
 
-        task = token(max_length=6)
+        task = token(max_length=6, long_rows="cut")
         predictions = task.predict(Knows(), collate(encoded.examples, 0), self.labels)
         assert [p["tags"] for p in predictions] == [["B-LOC", "O", "B-PER", "O", "O"], ["B-LOC"]]
         assert [len(p["probabilities"]) for p in predictions] == [5, 1]
@@ -221,12 +222,17 @@ class TestEncodeWords:
 
     def test_label_order_is_outside_first_then_by_type(self) -> None:
         rows = tagged("O", "I-PER", "B-LOC", "B-PER", "O")
-        assert token().head(rows).labels == ("O", "B-LOC", "B-PER", "I-PER")
+        assert token().head(rows).labels == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
         assert token().head(rows).pretokenized
 
-    @pytest.mark.parametrize("tag", ["S-PER", "PER", "B_PER", "B-", "3", ""])
-    def test_tags_that_are_not_bio(self, tag: str) -> None:
-        with pytest.raises(DataError, match=f"tag '{tag}' in 'tags' is not BIO"):
+    @pytest.mark.parametrize("tag", ["PER", "B_PER", "B-", "3"])
+    def test_tags_that_are_not_of_an_entity(self, tag: str) -> None:
+        with pytest.raises(DataError, match=rf"train\.jsonl:1: tag '{tag}' in 'tags' is not of an entity"):
+            token().head(tagged("O", "B-LOC", tag))
+
+    @pytest.mark.parametrize("tag", ["", None])
+    def test_a_word_without_a_tag(self, tag: Any) -> None:
+        with pytest.raises(DataError, match=r"train\.jsonl:1: a word without a tag in 'tags'"):
             token().head(tagged("O", "B-LOC", tag))
 
     def test_nothing_to_learn(self) -> None:
@@ -359,7 +365,7 @@ class TestLosses:
         return logits, labels
 
     def mean(self, loss: Any, logits: torch.Tensor, labels: torch.Tensor, weights: list[float]) -> torch.Tensor:
-        weight = sequence().example_weight({"labels": labels.tolist()}, weights)
+        weight = token().example_weight({"labels": labels.tolist()}, weights)
         kept = labels != IGNORED
         return summed_loss(loss, logits[kept], labels[kept], torch.tensor(weights)) / weight
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 MODEL_CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "label_words": "AutoModelForCausalLM",
+    "completion": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
 
 
@@ -114,4 +119,5 @@ def _head(task: str | None, labels: int) -> Head | None:
         return None
     if task not in MODEL_CLASSES:
         raise UsageError(f"--task: no task '{task}'{did_you_mean(task, MODEL_CLASSES)}")
-    return Head(MODEL_CLASSES[task], tuple(map(str, range(labels))))
+    outputs = 2 if task == "question_answering" else None  # start and end
+    return Head(MODEL_CLASSES[task], tuple(map(str, range(labels))), outputs=outputs)
