@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peftkit.config import load_run, run_id
+from peftkit.config import Run, load_run, run_id
 from peftkit.environment import describe
 
 ROOT = Path(__file__).parent.parent
@@ -48,24 +48,31 @@ def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
     """The figures of one run, which is made first if need be."""
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     folder = runs / f"{name}-seed{seed}"
+    plain = load_run(config)
+    # what trains nothing has the seed of its configuration, which chooses its examples
+    seeded = [f"training.seed={seed}"] if plain.method.trains else []
     if not (folder / "manifest.json").is_file():
-        kind = load_run(config).method.kind
+        kind = plain.method.kind
         recipe = f"{RECIPE.get(kind, kind)}.py"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         # the launcher's own choice is one thread
         launch += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))]
         command = [*launch, str(ROOT / "recipes" / recipe)]
-        command += ["--config", str(config), f"training.seed={seed}", f"output.folder={folder}"]
+        command += ["--config", str(config), *seeded, f"output.folder={folder}"]
         subprocess.run(command, check=True)
-    asked, made = load_run(config, [f"training.seed={seed}"]), load_run(folder / "run.yaml")
-    if run_id(made) != run_id(asked):
+    made = load_run(folder / "run.yaml")
+    if run_id(without_examples(made)) != run_id(without_examples(load_run(config, seeded))):
         raise SystemExit(f"{folder} holds another run than {config} describes; remove it, or name other --runs")
     manifest = json.loads((folder / "manifest.json").read_text())
-    after = json.loads((folder / "scores.json").read_text())["after"]
-    facts = {"config": name, "seed": seed, "task": asked.task.kind, "backbone": asked.backbone.name}
-    facts |= {"method": asked.method.kind} | {key: after[key] for key in ("headline", "lower_is_better", "examples")}
     keys = ("run_id", "scores", "training", "evaluated_on", "versions")
-    return facts | {key: manifest[key] for key in keys}
+    return {"config": name, "seed": seed} | {key: manifest[key] for key in keys}
+
+
+def without_examples(run: Run) -> Run:
+    """The run before prompting chose examples to show."""
+    if run.method.trains:
+        return run
+    return run.model_copy(update={"task": run.task.model_copy(update={"demonstrations": ()})})
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -81,12 +88,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def _cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
     headline = next(iter(runs[0]["scores"]["after"]))
-    before, after = ([run["scores"][when][headline] for run in runs] for when in ("before", "after"))
+    before, after = ([run["scores"].get(when, {}).get(headline) for run in runs] for when in ("before", "after"))
     costs = [run["training"] for run in runs]
     return [
         f"`{name}`",
         f"{costs[0]['trainable_parameters']:,}",
-        f"{statistics.mean(before):.4f}",
+        "" if None in before else f"{statistics.mean(before):.4f}",
         f"{statistics.mean(after):.4f} {headline.replace('_', ' ')}",
         ", ".join(f"{run['seed']}: {value:.4f}" for run, value in zip(runs, after, strict=True)),
         f"{statistics.median(cost['seconds'] for cost in costs):.0f}",

@@ -149,6 +149,7 @@ def test_other_rows_from_python_are_another_run(
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"{word} film", "label": word} for word in ("good", "bad")] * 8
     run = peftkit.Run(
+        audit={"allow": ("duplicates", "overlap-dev", "overlap-test")},
         backbone=peftkit.Backbone(name=str(tiny_bert)),
         task=SequenceClassification(max_length=16),
         method=peftkit.HeadOnly(),
