@@ -18,6 +18,13 @@ def label_text(value: Any) -> str | None:
     return str(value).strip()
 
 
+def distinct(names: tuple[str, ...] | None, field: str | None) -> tuple[str, ...] | None:
+    """The names, where a setting gives any; raises ValueError unless they are two or more different ones."""
+    if names is not None and (len(set(names)) != len(names) or len(names) < 2):
+        raise ValueError(f"{field} must be two or more different names")
+    return names
+
+
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Different labels: whole numbers ascending, texts alphabetically."""
     texts = sorted(set(labels))

@@ -16,6 +16,7 @@ from peftkit.data.prompts import bare_ids, leading_tokens
 from peftkit.errors import UsageError
 from peftkit.schema import changed
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, refuse_rows
+from peftkit.tasks.columns import texts_in
 from peftkit.tasks.language_model import CausalLanguageModel
 
 if TYPE_CHECKING:
@@ -135,11 +136,7 @@ class PlainText(CausalLanguageModel):
 
     def references(self, rows: Rows, labels: Sequence[str]) -> list[list[str]]:
         """The texts themselves."""
-        rows.require(self.text)
-        texts = [record[self.text] for record in rows.records]
-        blank = [index for index, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-        refuse_rows(rows, blank, f"no text in '{self.text}'", "remove the row or fill it in")
-        return [[text] for text in texts]
+        return [[text] for text in texts_in(rows, self.text)]
 
     @property
     def _perplexity(self) -> str:

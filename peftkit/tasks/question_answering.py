@@ -14,6 +14,7 @@ from peftkit.errors import UsageError
 from peftkit.metrics.squad import squad_scores
 from peftkit.tasks.answer_spans import NULL, answer_of, best_spans, context_mask, first_sentence, stripped, sure
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.columns import texts_in
 from peftkit.tasks.losses import AnyLoss
 from peftkit.tasks.question_windows import Answer, Windows
 
@@ -92,7 +93,7 @@ class QuestionAnswering(Task):
     def encode(
         self, rows: Rows, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], supervised: bool = True
     ) -> Encoded:
-        questions, contexts = (self._texts(rows, column) for column in (self.question, self.context))
+        questions, contexts = (texts_in(rows, column) for column in (self.question, self.context))
         answers = self._spans(rows) if supervised else None
         windows = Windows(self.max_length, self.stride)
         return windows.encoded(questions, contexts, rows, tokenizer, answers)
@@ -187,7 +188,7 @@ class QuestionAnswering(Task):
         wanted = self.references(train, labels)
         if 2 * sum(not texts for texts in wanted) > len(wanted):
             return [sure("")] * len(rows)
-        return [first_sentence(context) for context in self._texts(rows, self.context)]
+        return [first_sentence(context) for context in texts_in(rows, self.context)]
 
     def _answers(self, rows: Rows) -> list[list[tuple[str, int]]]:
         """(text, start) of every answer of every row; raises where they are not in SQuAD's form."""
@@ -218,13 +219,6 @@ class QuestionAnswering(Task):
         mend = "count answer_start in characters of the context, from 0"
         refuse_rows(rows, misplaced, "an answer does not stand in the context at its answer_start", mend)
         return spans
-
-    def _texts(self, rows: Rows, column: str) -> list[str]:
-        rows.require(column)
-        values = [record[column] for record in rows.records]
-        empty = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
-        refuse_rows(rows, empty, f"no text in '{column}'", "remove the row or fill it in")
-        return values
 
 
 def _listed(answers: Any) -> list[tuple[str, int]] | None:

@@ -14,6 +14,7 @@ from peftkit.errors import DataError, UsageError
 from peftkit.metrics.relations import micro_scores, semeval_scores
 from peftkit.schema import did_you_mean
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.columns import texts_in
 from peftkit.tasks.entity_markers import (
     Markers,
     as_words,
@@ -23,6 +24,7 @@ from peftkit.tasks.entity_markers import (
     refuse_unmarked,
     spans_in,
 )
+from peftkit.tasks.label_names import distinct
 from peftkit.tasks.problems import SingleLabel
 
 if TYPE_CHECKING:
@@ -70,9 +72,7 @@ class RelationExtraction(Task):
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if labels is not None and (len(set(labels)) != len(labels) or len(labels) < 2):
-            raise ValueError("labels must be two or more different names")
-        return labels
+        return distinct(labels, "labels")
 
     @model_validator(mode="after")
     def _others(self) -> RelationExtraction:
@@ -188,10 +188,7 @@ class RelationExtraction(Task):
 
     def _marked(self, rows: Rows) -> list[str]:
         """The texts with both entities marked; raises where one is not."""
-        rows.require(self.text)
-        texts = [record[self.text] for record in rows.records]
-        empty = [index for index, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-        refuse_rows(rows, empty, f"no text in '{self.text}'", "remove the row or fill it in")
+        texts = texts_in(rows, self.text)
         if self.entities and not self._are_typed(rows):
             spans = spans_in(rows, self.entities)
             refuse_outside(rows, texts, spans)

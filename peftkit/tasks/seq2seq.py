@@ -15,6 +15,7 @@ from peftkit.data.templates import Template, columns, render_rows
 from peftkit.errors import BackboneError, UsageError
 from peftkit.schema import did_you_mean
 from peftkit.tasks.base import Batch, Encoded, Prediction, refuse_rows
+from peftkit.tasks.columns import texts_in
 from peftkit.tasks.generation import Generation
 from peftkit.tasks.language_model import ENDS, PROMPT, LanguageModel
 from peftkit.tasks.languages import set_languages
@@ -141,12 +142,10 @@ class Seq2Seq(LanguageModel):
         return found
 
     def _sources(self, rows: Rows) -> list[str]:
-        rows.require(self.source)
-        empty = [index for index, record in enumerate(rows.records) if not _is_text(record[self.source])]
-        refuse_rows(rows, empty, f"no text in '{self.source}'", "remove the row or fill it in")
+        texts = texts_in(rows, self.source)
         if self.template is not None:
-            return [self.source_prefix + text for text in render_rows(self.template, rows)]
-        return [self.source_prefix + record[self.source] for record in rows.records]
+            texts = render_rows(self.template, rows)
+        return [self.source_prefix + text for text in texts]
 
     def _notes(self, references: Sequence[Sequence[str]], cut: int) -> Iterator[str]:
         if cut:

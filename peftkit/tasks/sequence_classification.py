@@ -10,7 +10,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from peftkit.backbones.load import Head
 from peftkit.data.files import Rows
 from peftkit.errors import UsageError
-from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task
+from peftkit.tasks.columns import texts_in
+from peftkit.tasks.label_names import distinct
 from peftkit.tasks.losses import AnySequenceLoss, BinaryCrossEntropy, CrossEntropy, SquaredError
 from peftkit.tasks.multi_label import MultiLabel
 from peftkit.tasks.outputs import Outputs
@@ -60,9 +62,7 @@ class SequenceClassification(Task):
     @field_validator("labels", "label_columns")
     @classmethod
     def _distinct(cls, labels: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
-        if labels is not None and (len(set(labels)) != len(labels) or len(labels) < 2):
-            raise ValueError(f"{info.field_name} must be two or more different names")
-        return labels
+        return distinct(labels, info.field_name)
 
     @model_validator(mode="after")
     def _default_loss(self) -> SequenceClassification:
@@ -114,8 +114,8 @@ class SequenceClassification(Task):
     def encode(
         self, rows: Rows, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], supervised: bool = True
     ) -> Encoded:
-        texts = self._texts(rows, self.text)
-        pairs = self._texts(rows, self.text_pair) if self.text_pair else None
+        texts = texts_in(rows, self.text)
+        pairs = texts_in(rows, self.text_pair) if self.text_pair else None
         encoding = tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
         keys = [key for key in ("input_ids", "token_type_ids") if key in encoding]
         examples = [{key: encoding[key][index] for key in keys} for index in range(len(texts))]
@@ -185,10 +185,3 @@ class SequenceClassification(Task):
 
     def majority(self, train: Rows, rows: Rows, labels: Sequence[str]) -> list[Prediction]:
         return [self.meaning.majority(train, labels)] * len(rows)
-
-    def _texts(self, rows: Rows, column: str) -> list[str]:
-        rows.require(column)
-        values = [record[column] for record in rows.records]
-        empty = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
-        refuse_rows(rows, empty, f"no text in '{column}'", "remove the row or fill it in")
-        return values

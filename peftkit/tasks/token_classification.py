@@ -14,6 +14,7 @@ from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.errors import UsageError
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.label_names import distinct
 from peftkit.tasks.tagging_schemes import OUTSIDE, Scheme, inside_of
 from peftkit.tasks.tags import MISSING, EntityTags, PlainTags, Tags, check_lists
 from peftkit.tasks.word_windows import Window, cut, windows
@@ -63,9 +64,7 @@ class TokenClassification(Task):
     @field_validator("tag_names")
     @classmethod
     def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if names is not None and (len(set(names)) != len(names) or len(names) < 2):
-            raise ValueError("tag_names must be two or more different names")
-        return names
+        return distinct(names, "tag_names")
 
     @model_validator(mode="after")
     def _belong_together(self) -> TokenClassification:
