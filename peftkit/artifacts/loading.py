@@ -20,6 +20,7 @@ from peftkit.backbones.load import (
     weight_files,
 )
 from peftkit.backbones.modules import base_model
+from peftkit.backbones.quantize import dequantize
 from peftkit.backbones.runs import MERGED, ORIGIN, is_run, merged_model
 from peftkit.config import Run
 from peftkit.disk import file_sha256, require_writable, whole_folder, write_text
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 PROBE = ("The merged model must compute what the adapted one does.", "So it is asked.")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
-"""Largest accepted |difference| / max(1, largest number), by the dtype that the merged model is held in."""
+"""Largest accepted |difference| / max(1, largest number), by the dtype that weights are held or multiplied in."""
 
 
 @dataclass
@@ -80,6 +81,23 @@ def load_run(folder: str | Path) -> SavedRun:
     return SavedRun(folder, run, manifest, backbone, model, head)
 
 
+def in_full_precision(saved: SavedRun) -> nn.Module:
+    """The run's model in float32, where its weights can be merged: where the backbone is quantised, on plain layers
+    with the values that training saw, because a merge into quantised ones would round them anew."""
+    if saved.run.backbone.quantization is None:
+        return saved.model.float()
+    backbone = load(_found_again(saved.run.backbone, saved.manifest), saved.head)
+    dequantize(backbone.model).float()
+    return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).eval()
+
+
+def tolerance(settings: BackboneSettings) -> float:
+    """Largest accepted |difference| / max(1, largest number) of a merged model, by what its weights are held in and
+    what a quantised backbone was multiplied in."""
+    computed = settings.quantization.compute_dtype if settings.quantization else "float32"
+    return max(TOLERANCE[settings.dtype], TOLERANCE[computed])
+
+
 def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
     """A backbone named by a relative folder is looked for where it was when the run was trained."""
     recorded = manifest["backbone"]["folder"]
@@ -117,13 +135,14 @@ def _merge(saved: SavedRun, manifest: dict[str, Any]) -> None:
     import torch
 
     dtype = saved.run.backbone.dtype
-    adapted: Any = saved.model.float()
-    before = _outputs(adapted, saved.tokenizer)
+    before = _outputs(saved.model.float() if saved.run.backbone.quantization is None else saved.model, saved.tokenizer)
+    adapted = in_full_precision(saved)
     try:
         merged: Any = saved.run.method.merge(adapted)
     except NotMergeable as error:
         raise NotMergeable(f"backbone.name: {saved.folder} cannot be built on: {error}") from error
-    _refuse_difference(before, _outputs(merged, saved.tokenizer), TOLERANCE["float32"], saved.folder)
+    computed = saved.run.backbone.model_copy(update={"dtype": "float32"})
+    _refuse_difference(before, _outputs(merged, saved.tokenizer), tolerance(computed), saved.folder)
     body: Any = base_model(merged) if saved.backbone.head_modules else merged
     expected = _outputs(body, saved.tokenizer)
     _forget_task(body.config, saved.run.backbone)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
+    from peftkit.backbones.quantization import Quantization
     from peftkit.tasks.base import Task
 
 
@@ -115,7 +116,7 @@ class Method(Section, ABC):
         """Positions in front of every input that the method takes for itself."""
         return 0
 
-    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
         """Why this method cannot run so; empty when it can."""
         return []
 
