@@ -278,13 +278,6 @@ def test_heads_and_embeddings_stay_whole(architecture: str) -> None:
 NF4_32 = {"kind": "nf4", "block_size": 32}
 
 
-def run_of(write_config: WriteConfig, *overrides: str, **sections: Any) -> Path:
-    config = write_config(**sections)
-    assert main(["train", str(config), *overrides]) == 0
-    folder: str = peftkit.load_run(config, overrides).output.folder  # type: ignore[attr-defined]
-    return Path(folder)
-
-
 @pytest.fixture
 def backbone(tiny_bert: Path) -> dict[str, Any]:
     return {"name": str(tiny_bert), "quantization": NF4_32}
@@ -374,6 +367,20 @@ def test_going_on_from_another_quantisation_is_refused(
     error = capsys.readouterr().err
     assert "was trained with backbone.quantization {'kind': 'nf4'" in error and "and this run has null" in error
     assert main(["train", str(write_config(method=method, output=output, backbone=backbone))]) == 0
+
+
+def test_from_python(tiny_bert: Path, toy_data: Path, tmp_path: Path) -> None:
+    quantization = peftkit.FourBit(kind="nf4", block_size=32)
+    rows = [json.loads(line) for line in (toy_data / "sentiment_train.jsonl").read_text().splitlines()]
+    run = peftkit.Run(
+        backbone=peftkit.Backbone(name=str(tiny_bert), quantization=quantization),
+        task=peftkit.SequenceClassification(max_length=32),
+        method=peftkit.Bottleneck(bottleneck_size=4),
+        training=peftkit.Training(learning_rate=1e-2, max_steps=2),
+        output=peftkit.Output(folder=str(tmp_path / "run")),
+    )
+    peftkit.train(run, splits=peftkit.splits_from(train=rows[:80], dev=rows[80:100], test=rows[100:120]))
+    assert load_run(tmp_path / "run").run.backbone.quantization == quantization
 
 
 # --- wrong input ----------------------------------------------------------------------------------------------------
