@@ -185,6 +185,35 @@ def test_unpacking_after_an_evaluation_stock_fails_peftkit_passes() -> None:
     assert torch.equal(ours.packed.unpacked(torch.float32), whole)
 
 
+@needs_repacking
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_merging_after_an_evaluation_stock_fails_peftkit_passes() -> None:
+    """peft merges into the codes as the evaluation left them; peftkit puts plain weights there first."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(1)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["value"], init_lora_weights=False))
+
+    def lost(evaluated: bool) -> float:
+        """How far peft's merged weights are from what they should be, beside how large they are."""
+        model = adapted(stock_bert(width=64))
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=IDS, attention_mask=MASK)
+        merged = model.merge_and_unload().bert.encoder.layer[0].attention.self.value.weight
+        read = bitsandbytes.functional.dequantize_4bit(merged.data, merged.quant_state).view(64, 64)
+        return float((read - expected).norm() / expected.norm())
+
+    ours = adapted(dequantize(wrap(stock_bert(width=64)).model))
+    value = ours.base_model.model.bert.encoder.layer[0].attention.self.value
+    expected = (value.base_layer.weight + value.get_delta_weight("default")).detach()
+    assert lost(evaluated=False) < 0.2  # rounded to four bits
+    assert lost(evaluated=True) > 0.3, "peft or bitsandbytes was mended: this test may go"
+    merged = ours.merge_and_unload().bert.encoder.layer[0].attention.self.value.weight
+    torch.testing.assert_close(merged.detach(), expected)
+
+
 def test_rows_that_blocks_do_not_fit_stock_fails_peftkit_refuses() -> None:
     torch.manual_seed(0)
     weight = torch.randn(96, 48)
@@ -218,13 +247,13 @@ def test_stock_layers_of_a_callers_model_are_mended() -> None:
 
 
 def stock_bert(width: int) -> Any:
-    """A BERT whose query projections are bitsandbytes' own."""
+    """A BERT whose query and value projections are bitsandbytes' own."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(
         tiny_config("bert", hidden_size=width, initializer_range=0.05)
     )
     for name, part in list(model.named_modules()):
-        if name.endswith("query"):
+        if name.endswith(("query", "value")):
             layer = bitsandbytes.nn.Linear4bit(width, width, compute_dtype=torch.float32, quant_type="nf4")
             layer.load_state_dict(part.state_dict())
             model.set_submodule(name, layer.to("cpu"))
