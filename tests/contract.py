@@ -18,6 +18,7 @@ from contract_variants import Variant
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from peftkit.artifacts.vetting import check_artifact
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.modules import head_modules
 from peftkit.backbones.quantize import dequantize
@@ -231,6 +232,7 @@ class _Cell:
         folder.mkdir(parents=True)
         self.method.save(model, folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
+        check_artifact(folder, self.method)  # what was saved here is not taken for a stranger's
         sizes = list(saved_sizes(files))
         found, expected = sum(count for count, _ in sizes), self.expected_in_file(model)
         assert found == expected, f"the files hold {found} numbers, not {expected}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_config
+from peftkit.artifacts.vetting import check_artifact, check_names
 from peftkit.backbones.dropout import NAMES
 from peftkit.backbones.load import (
     Backbone,
@@ -64,8 +65,13 @@ def load_run(folder: str | Path) -> SavedRun:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_names(folder, manifest)
     check_files(folder, manifest)
     run = read_saved_config(folder)
+    if manifest["artifact"] != run.method.artifact:
+        raise ArtifactError(f"{folder}: its manifest names another sub-folder than method '{run.method.kind}' writes")
+    if run.method.trains:
+        check_artifact(folder / run.method.artifact, run.method)
     settings = _found_again(run.backbone, manifest)
     merge_backbone(run.model_copy(update={"backbone": settings}))
     head = Head.from_dict(manifest["head"])
