@@ -27,6 +27,22 @@ class Stopped(Exception):
     """The run ends here, as if it had been killed."""
 
 
+def config(
+    folder: Path, backbone: Path, data: Path, method: dict[str, Any], task: dict[str, Any] | None = None, **training: Any
+) -> dict[str, Any]:
+    """A run over train (8, 8 and 1 rows), dev and test in `data`, that is written into `folder`."""
+    files = {name: str(data / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    settings = {"learning_rate": 0.003, "epochs": 2, "batch_size": 8, "evaluation_batch_size": 2, "seed": 1}
+    return {
+        "backbone": {"name": str(backbone)},
+        "task": {"kind": "sequence_classification", "data": files, "max_length": 32} | (task or {}),
+        "method": method,
+        "training": settings | training,
+        "audit": {"overlap": 1.0},
+        "output": {"folder": str(folder)},
+    }
+
+
 def launch(cells: list[dict[str, Any]], file: Path, processes: int = PROCESSES) -> None:
     """Run cells in CPU processes that Accelerate starts."""
     file.write_text(json.dumps(cells))
@@ -104,7 +120,7 @@ def _recorded(cell: dict[str, Any], gradients: dict[str, Any], facts: dict[str, 
             raise Stopped
 
     patches = {"_update": recording, "_accumulate": counting, "_save": stopping}
-    with mock.patch.multiple(_Loop, **patches):
+    with mock.patch.multiple(_Loop, **patches), mock.patch("peftkit.training.loop.learning_curve"):
         yield
 
 
