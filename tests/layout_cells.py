@@ -28,7 +28,12 @@ class Stopped(Exception):
 
 
 def config(
-    folder: Path, backbone: Path, data: Path, method: dict[str, Any], task: dict[str, Any] | None = None, **training: Any
+    folder: Path,
+    backbone: Path,
+    data: Path,
+    method: dict[str, Any],
+    task: dict[str, Any] | None = None,
+    **training: Any,
 ) -> dict[str, Any]:
     """A run over train (8, 8 and 1 rows), dev and test in `data`, that is written into `folder`."""
     files = {name: str(data / f"{name}.jsonl") for name in ("train", "dev", "test")}
@@ -61,8 +66,14 @@ def run_cell(cell: dict[str, Any]) -> None:
     """Train as `cell["config"]` says; beside the run's own files its folder gets gradients and facts.
 
     A cell may hold `environment` (variables while it runs), `float64`, `count` (count messages between processes in
-    step 2) and `stop_after` (a step behind whose checkpoint the run ends).
+    one step) and `stop_after` (a step behind whose checkpoint the run ends). A cell that holds `check` instead calls
+    that function of `sharding_checks`.
     """
+    if "check" in cell:
+        import sharding_checks
+
+        getattr(sharding_checks, cell["check"])()
+        return
     from safetensors.torch import save_file
 
     from peftkit.config import Run
@@ -156,7 +167,7 @@ def _bytes(model: Any) -> dict[str, int]:
 
 def main(file: str) -> None:
     for cell in json.loads(Path(file).read_text()):
-        print(cell["config"]["output"]["folder"], file=sys.stderr, flush=True)
+        print(cell.get("check") or cell["config"]["output"]["folder"], file=sys.stderr, flush=True)
         run_cell(cell)
 
 

@@ -55,10 +55,10 @@ CELLS = {
     "adalora": ("parts", "ddp_parts", "fsdp_recomputed"),
     "bottleneck": ("parts", "recomputed", "ddp_parts", "fsdp_recomputed"),
     "prefix": ("parts", "recomputed", "ddp_parts", "fsdp_recomputed"),
-    "full": tuple(LAYOUTS),
-    "top_layers": ("parts", "ddp_parts", "fsdp_recomputed"),
+    "full": ("parts", "recomputed", "ddp_parts", "fsdp", "fsdp_parts"),
+    "top_layers": ("parts", "fsdp_recomputed"),
     "causal": ("parts", "packed", "packed_ddp", "packed_fsdp"),
-    "float64": ("parts", "ddp", "fsdp_parts"),
+    "float64": ("parts", "fsdp_parts"),
 }
 PACKED = {"packing": True}
 COUNTED = {
@@ -102,7 +102,12 @@ def _cell(folder: Path, name: str, layout: str, backbone: Path) -> dict[str, Any
     task = chosen.get("task", {}) | (PACKED if layout.startswith("packed") else {})
     settings = chosen.get("training", {}) | training
     run = layout_cells.config(folder / name / layout, backbone, folder, chosen["method"], task, **settings)
-    return {"config": run, "environment": environment, "float64": chosen.get("float64", False), "count": (name, layout) in COUNTED}
+    return {
+        "config": run,
+        "environment": environment,
+        "float64": chosen.get("float64", False),
+        "count": (name, layout) in COUNTED,
+    }
 
 
 def gradients(run: Path) -> dict[int, Tensor]:
