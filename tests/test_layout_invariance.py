@@ -26,7 +26,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "lora": {"method": LORA},
     "adalora": {
         "method": {"kind": "adalora", "target_rank": 2, "initial_rank": 4, "alpha": 8},
-        "training": {"max_steps": 12, "keep_best": False},
+        "training": {"max_steps": 12},
     },
     "bottleneck": {
         "method": {"kind": "bottleneck", "placement": "parallel", "bottleneck_size": 8, "train_layernorm": True}
@@ -53,8 +53,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {
 CELLS = {
     "lora": tuple(LAYOUTS),
     "adalora": ("parts", "ddp_parts", "fsdp_recomputed"),
-    "bottleneck": ("parts", "recomputed", "ddp_parts", "fsdp_recomputed"),
-    "prefix": ("parts", "recomputed", "ddp_parts", "fsdp_recomputed"),
+    "bottleneck": ("parts", "ddp_parts", "fsdp_recomputed"),
+    "prefix": ("parts", "ddp_parts", "fsdp_recomputed"),
     "full": ("parts", "recomputed", "ddp_parts", "fsdp", "fsdp_parts"),
     "top_layers": ("parts", "fsdp_recomputed"),
     "causal": ("parts", "packed", "packed_ddp", "packed_fsdp"),
@@ -100,7 +100,7 @@ def _cell(folder: Path, name: str, layout: str, backbone: Path) -> dict[str, Any
     _, environment, training = _layout(layout)
     chosen = CLASSES[name]
     task = chosen.get("task", {}) | (PACKED if layout.startswith("packed") else {})
-    settings = chosen.get("training", {}) | training
+    settings = {"evaluate_every": 6, "keep_best": False} | chosen.get("training", {}) | training
     run = layout_cells.config(folder / name / layout, backbone, folder, chosen["method"], task, **settings)
     return {
         "config": run,

@@ -27,6 +27,8 @@ GENERATION = {"max_new_tokens": 6, "limit": 3, "metrics": ["exact_match"]}
 COMPLETION = {"kind": "completion", "prompt": "text", "completion": "label", "max_length": 24, "generation": GENERATION}
 SEQ2SEQ_TASK = {"kind": "seq2seq", "source": "text", "target": "label", "max_target_length": 8}
 ALIKE: dict[str, dict[str, Any]] = {
+    # B is frozen, and saved
+    "frozen_adapter": {"backbone": Place("bert", SEQUENCE), "method": LORA | {"initialization": "mica"}},
     # its output projection is its embeddings
     "tied_lora": {"backbone": Place("gpt2", CAUSAL), "task": COMPLETION, "method": LORA},
     "tied_full": {"backbone": Place("gpt2", CAUSAL), "task": COMPLETION, "method": FULL, "training": SGD},
