@@ -13,6 +13,8 @@ from peftkit.errors import TrainingError
 from peftkit.metrics.extra import extra_values
 from peftkit.prepare import Split
 from peftkit.tasks.base import Prediction, Scores, Task
+from peftkit.training.on_request import on_request
+from peftkit.training.sharding import place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,9 +70,10 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
     examples, order = split.encoded.examples, task.order(split.encoded)
     batches = [order[start : start + split.batch_size] for start in range(0, len(order), split.batch_size)]
     was_training = model.training
-    model.to(accelerator.device).eval()
+    place(model, accelerator)
+    model.eval()
     found: list[tuple[int, Prediction]] = []
-    with torch.no_grad(), accelerator.autocast():
+    with on_request(model, accelerator), torch.no_grad(), accelerator.autocast():
         for indices in batches[accelerator.process_index :: accelerator.num_processes]:
             batch = collate([examples[index] for index in indices], split.pad_id, accelerator.device)
             found.extend(zip(indices, task.predict(model, batch, split.labels), strict=True))

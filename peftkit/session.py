@@ -17,6 +17,7 @@ from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
 from peftkit.training.optimizer import check_optimizer
+from peftkit.training.sharding import Sharding, sharding_of, unseen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,7 +48,9 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     from accelerate.utils import set_seed
 
     _check_launcher(run)
+    sharding = sharding_of(run)
     accelerator = _training_accelerator(run, folder)
+    accelerator.sharding = _among(accelerator, sharding)
     if run.training.precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would train in float32 without a word
         raise UsageError("training.precision: fp16 needs a GPU; use bf16 or fp32 here")
@@ -182,13 +185,24 @@ def _training_accelerator(run: Run, folder: Path) -> Accelerator:
     return accelerator
 
 
+def _among(accelerator: Accelerator, sharding: Sharding | None) -> Sharding | None:
+    if sharding is None or accelerator.num_processes > 1:
+        return sharding
+    accelerator.print("one process: there is nobody to share the model with, so it is not sharded")
+    return None
+
+
 def _accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     # its precision is kept for the whole process; a second run in the same Python may want another
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision, **options)
+    # buffers, such as positions, are the same in all processes and stay so: sending them in every step is for nothing
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    with unseen():
+        return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
 
 
 def _holds_work(folder: Path) -> bool:

@@ -434,8 +434,8 @@ def interrupted(write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.M
     data, _, model = _attached(run)
     saved = checkpoint.Checkpoints.save
 
-    def interrupt(self: Any, progress: Any, random_states: Any) -> None:
-        saved(self, progress, random_states)
+    def interrupt(self: Any, progress: Any, *others: Any) -> None:
+        saved(self, progress, *others)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -22,6 +22,7 @@ from peftkit.methods.base import trained_parameters
 from peftkit.quiet import quiet_libraries
 from peftkit.session import MANIFEST, RUN_FILE, release, run_folder
 from peftkit.training.loop import CHECKPOINTS, TrainRecord
+from peftkit.training.whole import whole_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,8 +54,10 @@ def save(
         The run folder.
     """
     folder = run_folder(run)
+    with whole_parameters(model, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            _save_artifact(run, model, folder / run.method.artifact)
     if accelerator.is_main_process:
-        _save_artifact(run, model, folder / run.method.artifact)
         _write_predictions(run, data, evaluations["after"], folder / PREDICTIONS)
         scores = {name: dataclasses.asdict(one.scores) for name, one in evaluations.items()}
         _write_json(folder / SCORES, scores)

@@ -29,6 +29,8 @@ class Method(Section, ABC):
     """The sub-folder of a run that `save` writes to."""
     trains: ClassVar[bool] = True
     """False: nothing is optimised and no weights are saved."""
+    trains_backbone: ClassVar[bool] = False
+    """What trains is as large as blocks of the backbone; where processes share the model out, it is shared out too."""
     size: ClassVar[str | None] = None
     """The hyperparameter that sets how many parameters are added, such as `rank`."""
     free: ClassVar[frozenset[str]] = frozenset({"start_from", "fresh_head", "dropout"})

@@ -24,6 +24,7 @@ class Full(Method):
     """All parameters of backbone and head. What is saved is a whole transformers model."""
 
     artifact: ClassVar[str] = "model"
+    trains_backbone: ClassVar[bool] = True
     kind: Literal["full"] = "full"
 
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:

@@ -145,6 +145,7 @@ class TopLayers(Partial):
     """
 
     size: ClassVar[str | None] = "layers"
+    trains_backbone: ClassVar[bool] = True
     kind: Literal["top_layers"] = "top_layers"
     layers: Annotated[int, Field(gt=0)] = 2
 

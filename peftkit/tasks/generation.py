@@ -107,7 +107,9 @@ def generate(
         # by content, so that no draw depends on what was generated before
         torch.manual_seed(zlib.crc32(repr([list(one) for one in prompts]).encode(), settings.seed & 0xFFFFFFFF))
         config = _configuration(settings, stops, fill)
-        output = writer.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        # processes need not write for equally long: see peftkit.training.on_request
+        given = {"input_ids": ids, "attention_mask": mask, "synced_gpus": False}
+        output = writer.generate(**given, generation_config=config)
     new = output[:, 1:] if of_encoder else output[:, width:]
     return [_until(row, stops) for row in new.tolist()]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.disk import whole_file, whole_folder
 from peftkit.errors import ArtifactError
 from peftkit.methods.base import trained_parameters, trained_tensors
+from peftkit.training.whole import put, shared_out, whole_parameters, whole_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,22 +58,29 @@ class Checkpoints:
     method: Method
     states: dict[str, Any]
 
-    def save(self, progress: Progress, random_states: Sequence[dict[str, Any]]) -> None:
-        """Write step-N, then drop what is older. For one process to call.
+    def save(self, progress: Progress, random_states: Sequence[dict[str, Any]], writes: bool = True) -> None:
+        """Write step-N, then drop what is older. For all processes to call.
 
         Args:
             random_states: `random_state()` of every process.
+            writes: this process is the one that writes.
 
         Raises:
             OSError: the disk is full; the checkpoint before is still there.
         """
+        states = {name: whole_state(one.state_dict(), writes) for name, one in self.states.items()}
+        with whole_parameters(self.model, writes):
+            if writes:
+                self._write(progress, random_states, states)
+
+    def _write(self, progress: Progress, random_states: Sequence[dict[str, Any]], states: dict[str, Any]) -> None:
         import torch
         from safetensors.torch import save_file
 
         with whole_folder(self.folder / f"step-{progress.step}") as partial:
             save_file(trained_tensors(self.model), partial / TRAINED)
             save_file(self.method.state(self.model), partial / METHOD_STATE)
-            torch.save({name: one.state_dict() for name, one in self.states.items()}, partial / OPTIMIZER)
+            torch.save(states, partial / OPTIMIZER)
             torch.save(list(random_states), partial / RANDOM)
             (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
         for older in self._found()[:-1]:
@@ -104,12 +112,14 @@ class Checkpoints:
             raise ArtifactError(f"{newest} is damaged ({reason}); delete it to start again") from error
         return progress
 
-    def save_best(self, step: int) -> None:
-        """Keep the trained parameters as they are now. For one process to call."""
+    def save_best(self, step: int, writes: bool = True) -> None:
+        """Keep the trained parameters as they are now. For all processes to call, of which one `writes`."""
         from safetensors.torch import save_file
 
-        with whole_file(self._best(step)) as partial:
-            save_file(trained_tensors(self.model), partial)
+        with whole_parameters(self.model, writes):
+            if writes:
+                with whole_file(self._best(step)) as partial:
+                    save_file(trained_tensors(self.model), partial)
 
     def load_best(self, step: int) -> None:
         """Put back what `save_best` kept."""
@@ -123,7 +133,7 @@ class Checkpoints:
         self.method.load_state(self.model, load_file(newest / METHOD_STATE))
         saved = torch.load(newest / OPTIMIZER, weights_only=True, map_location="cpu")
         for name, one in self.states.items():
-            one.load_state_dict(saved[name])
+            one.load_state_dict(shared_out(saved[name], one))
         restore_random_state(torch.load(newest / RANDOM, weights_only=True)[process])
 
     def _best(self, step: int) -> Path:
@@ -154,7 +164,7 @@ def load_trained(model: nn.Module, file: Path) -> None:
     if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
         raise ArtifactError(f"{file} holds other parameters than this run trains")
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])
+        put(parameter, tensors[name])
 
 
 def random_state() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,10 +19,13 @@ from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
 from peftkit.training import batches, checkpoint
 from peftkit.training.checkpoint import Checkpoints, Progress
+from peftkit.training.gradients import gradients_of
 from peftkit.training.meter import Meter, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.regularise import make_objective
+from peftkit.training.sharding import is_sharded, place
 from peftkit.training.tracking import Log, learning_curve
+from peftkit.training.whole import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,8 +91,12 @@ class _Loop:
         self.every = settings.steps_per_epoch(examples) if whole else int(settings.evaluate_every)
         if settings.gradient_checkpointing:
             _checkpoint_activations(model)
+        place(model, accelerator)
         optimizer = make_optimizer(model, settings, run.method)
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        # processes that hold shares of the model average its gradients by themselves
+        self.wrapped = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))
+        self.optimizer = accelerator.prepare(optimizer)
+        self.gradients = gradients_of(self.wrapped, accelerator)
         # stepped by hand: a prepared schedule would advance once for every process
         self.schedule = make_schedule(optimizer, settings, self.total_steps)
         self.penalties: dict[str, float] = {}
@@ -159,12 +165,12 @@ class _Loop:
         total = self.class_weights.new_zeros(())
         for part, number in itertools.product(parts, range(self.objective.passes)):
             last = part is parts[-1] and number == self.objective.passes - 1
-            quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
-            with quiet:
+            with self.gradients.part(last):
                 loss = self._micro_loss(part, number)
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
                 accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
+        self.gradients.complete()
         mean = float(accelerator.reduce(total, "sum")) / weight
         self._refuse_infinite("loss", mean)
         return mean
@@ -181,7 +187,7 @@ class _Loop:
         """Clip, step, and clear the gradients; returns their norm before clipping."""
         accelerator, settings = self.accelerator, self.run.training
         parameters = list(trained_parameters(self.model).values())
-        norm = float(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf))
+        norm = float(whole(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf)))
         if accelerator.scaler is None:  # fp16 skips such steps and lowers its scale
             self._refuse_infinite("gradient norm", norm)
         self.optimizer.step()
@@ -230,8 +236,8 @@ class _Loop:
         progress.evaluations_without_gain = 0 if better or not settled else progress.evaluations_without_gain + 1
         if better:
             progress.best_value, progress.best_step = scores.goodness, progress.step
-            if self.run.training.keep_best and self.accelerator.is_main_process:
-                self.checkpoints.save_best(progress.step)
+            if self.run.training.keep_best:
+                self.checkpoints.save_best(progress.step, self.accelerator.is_main_process)
         mark = " (best)" if better else ""
         self.meter.say(f"step {progress.step:,}: dev {scores.headline} {scores.value:.4f}{mark}")
 
@@ -250,8 +256,7 @@ class _Loop:
 
         self.progress.tokens, self.progress.seconds = self.meter.tokens, self.meter.seconds
         random_states = gather_object([checkpoint.random_state()])
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.progress, random_states)
+        self.checkpoints.save(self.progress, random_states, self.accelerator.is_main_process)
 
     def _finish(self) -> TrainRecord:
         progress, accelerator, keep_best = self.progress, self.accelerator, self.run.training.keep_best
