@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from peftkit.config_file import to_yaml
 from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
+from peftkit.processes import MIXED_PRECISION, check_launcher, check_processes
 from peftkit.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 HEADER = "# run "
 """How the first line of `run.yaml` starts; the run's id follows. It tells a run folder from any other."""
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start(run: Run, needs_data: bool = True) -> Accelerator:
@@ -35,17 +36,12 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
 
     Raises:
         ConfigError: data files that are not there.
-        UsageError: the folder holds something else, the launcher asks for another precision than the run, or this
-            device has not the precision or the optimizer.
+        UsageError: the folder holds something else, the launcher's settings contradict the run or gave it other
+            processes than it was asked for, or this device has not the precision or the optimizer.
     """
-    folder = run_folder(run)
-    check_folder(run, folder)
-    _check_start(run, folder)
-    if needs_data and run.task.data and (missing := missing_files(run.task.data)):
-        raise ConfigError(missing)
+    folder = check_start(run, os.environ, needs_data)
     from accelerate.utils import set_seed
 
-    _check_launcher(run)
     accelerator = _training_accelerator(run, folder)
     if run.training.precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would train in float32 without a word
@@ -55,7 +51,26 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     return accelerator
 
 
-def _check_start(run: Run, folder: Path) -> None:
+def check_start(run: Run, environment: Mapping[str, str], needs_data: bool = True) -> Path:
+    """Everything about a start that can be refused before there is a process; returns the run folder.
+
+    Args:
+        environment: the variables that a launcher sets in its processes.
+
+    Raises:
+        ConfigError: data files that are not there.
+        UsageError: the folder holds something else, or the launcher's settings contradict the run.
+    """
+    folder = run_folder(run)
+    check_folder(run, folder)
+    _check_continued(run, folder)
+    if needs_data and run.task.data and (missing := missing_files(run.task.data)):
+        raise ConfigError(missing)
+    check_launcher(run, environment)
+    return folder
+
+
+def _check_continued(run: Run, folder: Path) -> None:
     """Refuse to go on from what is no finished run, or to write over it."""
     if run.method.start_from is None:
         return
@@ -155,15 +170,6 @@ def _scores(folder: Path) -> str:
         return ""
 
 
-def _check_launcher(run: Run) -> None:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", MIXED_PRECISION[run.training.precision]):
-        raise UsageError(
-            f"the launcher asks for {launched} and training.precision for {run.training.precision}; "
-            "set one and leave the other out"
-        )
-
-
 def _training_accelerator(run: Run, folder: Path) -> Accelerator:
     trackers, precision = run.output.trackers, MIXED_PRECISION[run.training.precision]
     try:
@@ -185,7 +191,9 @@ def _accelerator(mixed_precision: str, **options: Any) -> Accelerator:
 
     # its precision is kept for the whole process; a second run in the same Python may want another
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision, **options)
+    accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+    check_processes(accelerator.num_processes)
+    return accelerator
 
 
 def _holds_work(folder: Path) -> bool:

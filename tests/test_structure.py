@@ -22,6 +22,7 @@ LAYERS = (
         "peftkit.evaluation",
         "peftkit.prepare",
         "peftkit.session",
+        "peftkit.processes",
         "peftkit.planning",
         "peftkit.audit",
     ),
