@@ -87,14 +87,18 @@ def _message(error: PeftkitError) -> str:
     return f"error: {error}"
 
 
-def tell(message: str, exit_code: int = 1) -> None:
-    """Say what is wrong, once a machine however many processes say the same: at once, or by the launcher."""
+def tell(message: str, exit_code: int = 1, first: bool = False) -> None:
+    """Say what is wrong, once a machine however many processes say the same: at once, or by the launcher.
+
+    Args:
+        first: this process tells it for the others, as the first one does otherwise.
+    """
     if job := os.environ.get(JOB):
         rank = int(os.environ.get("RANK", "0"))
         text = json.dumps({"time": time.time(), "rank": rank, "message": message, "exit_code": exit_code})
         (Path(job) / f"{rank}.json").write_text(text, encoding="utf-8")
         return
-    if not _is_first():
+    if not first and not _is_first():
         # the first process mostly fails alike, and the launcher then ends this one before its turn comes
         time.sleep(PATIENCE)
     print(message, file=sys.stderr, flush=True)

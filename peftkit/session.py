@@ -17,6 +17,7 @@ from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
 from peftkit.processes import MIXED_PRECISION, check_launcher, check_processes
+from peftkit.training import watch
 from peftkit.training.optimizer import check_optimizer
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=mixed_precision, **options)
     check_processes(accelerator.num_processes)
+    accelerator.pace = watch.start(accelerator)
     return accelerator
 
 

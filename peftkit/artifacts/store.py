@@ -22,6 +22,7 @@ from peftkit.methods.base import trained_parameters
 from peftkit.quiet import quiet_libraries
 from peftkit.session import MANIFEST, RUN_FILE, release, run_folder
 from peftkit.training.loop import CHECKPOINTS, TrainRecord
+from peftkit.training.watch import pace_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,6 +66,7 @@ def save(
         _write_json(folder / MANIFEST, manifest | {"sha256": manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         release(run, accelerator)
+    pace_of(accelerator).arrive()
     accelerator.wait_for_everyone()
     if run.output.trackers:
         accelerator.end_training()

@@ -24,6 +24,7 @@ from peftkit.training.meter import Meter, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.regularise import make_objective
 from peftkit.training.tracking import Log, learning_curve
+from peftkit.training.watch import pace_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,6 +83,7 @@ class _Loop:
         import torch
 
         self.model, self.run, self.data, self.accelerator = model, run, data, accelerator
+        self.pace = pace_of(accelerator)
         settings, examples = run.training, len(data.train.encoded)
         self.total_steps = settings.total_steps(examples)
         self.lengths = data.train.encoded.lengths
@@ -162,6 +164,8 @@ class _Loop:
             quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped)
             with quiet:
                 loss = self._micro_loss(part, number)
+                if last:
+                    self.pace.arrive()
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
                 accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
@@ -180,6 +184,7 @@ class _Loop:
     def _update(self) -> float:
         """Clip, step, and clear the gradients; returns their norm before clipping."""
         accelerator, settings = self.accelerator, self.run.training
+        self._beat()
         parameters = list(trained_parameters(self.model).values())
         norm = float(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf))
         if accelerator.scaler is None:  # fp16 skips such steps and lowers its scale
@@ -191,7 +196,11 @@ class _Loop:
             self.schedule.step()
             self.run.method.after_step(self.model, self.progress.step + 1)
         self.optimizer.zero_grad()
+        self.pace.rest("after a step")
         return norm
+
+    def _beat(self) -> None:
+        self.pace.beat("training", f"step {self.progress.step + 1}")
 
     def _refuse_infinite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -200,9 +209,11 @@ class _Loop:
             raise TrainingError(f"the {what} is {value} at step {step}; lower training.learning_rate{mend}")
 
     def _micro_loss(self, part: batches.MicroBatch, number: int) -> Any:
+        self._beat()
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
         examples = [self.run.task.for_epoch(example, self.epoch) for example in examples]
         batch = collate(examples, self.data.train.pad_id, self.accelerator.device)
+        self._beat()
         with self.accelerator.autocast():
             loss = self.objective.loss(self.wrapped, self.model, batch, self.class_weights, number)
         return loss if part.counted else loss * 0.0
@@ -249,12 +260,14 @@ class _Loop:
         from accelerate.utils import gather_object
 
         self.progress.tokens, self.progress.seconds = self.meter.tokens, self.meter.seconds
+        self.pace.arrive()
         random_states = gather_object([checkpoint.random_state()])
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.progress, random_states)
 
     def _finish(self) -> TrainRecord:
         progress, accelerator, keep_best = self.progress, self.accelerator, self.run.training.keep_best
+        self.pace.arrive()
         accelerator.wait_for_everyone()
         self.run.method.finish(self.model, self.folder if accelerator.is_main_process else None)
         if keep_best and progress.best_step != progress.step:
