@@ -90,6 +90,7 @@ def claim(run: Run, accelerator: Accelerator) -> None:
     """
     folder = run_folder(run)
     check_folder(run, folder)
+    watch.pace_of(accelerator).arrive()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

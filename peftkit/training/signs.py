@@ -31,7 +31,7 @@ class Signs:
     rounds: int = 0
     """Collective operations that it has come to."""
     steps: int = 0
-    """Pieces of work that it has begun since."""
+    """Pieces of work that it has begun since, and rests."""
     doing: str = "starting"
     detail: str = ""
     idle: float = 0.0
@@ -91,10 +91,11 @@ def _idle(one: Seen, now: float) -> float:
 
 
 def _waits_for(signs: Signs, other: Seen, now: float) -> bool:
-    """Whether a process has come to a collective operation before this one, or stands still inside a later piece of
-    work, as where weights are gathered in the forward pass."""
-    further = other.signs.rounds == signs.rounds and other.signs.steps > signs.steps
-    return other.signs.rounds > signs.rounds or (further and _idle(other, now) > STUCK / 2)
+    """Whether a process has come to a collective operation before this one, has all its measured work behind it, or
+    stands still inside a later piece, as where weights are gathered in the forward pass."""
+    if other.signs.rounds != signs.rounds:
+        return other.signs.rounds > signs.rounds
+    return other.signs.steps > signs.steps and (not other.signs.idle or _idle(other, now) > STUCK / 2)
 
 
 def are_siblings(one: Signs, other: Signs) -> bool:

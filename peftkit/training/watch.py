@@ -60,6 +60,7 @@ class Pace:
     def rest(self, doing: str) -> None:
         """What follows has no pace: one process may do it for all."""
         self._end()
+        self.steps += 1
         self.doing, self.detail = doing, ""
 
     def idle(self) -> float:
