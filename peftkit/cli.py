@@ -82,8 +82,7 @@ def predict(options: argparse.Namespace) -> None:
         raise UsageError("no text: give texts, --file FILE, or pipe one text a line into stdin")
     saved = load_runs([options.run, *options.others])
     rows = typed_rows(saved.run.task, options.texts, options.text_pair, options.file)
-    for row in predict_rows(saved, rows):
-        print(json.dumps(row, ensure_ascii=False))
+    say("\n".join(json.dumps(row, ensure_ascii=False) for row in predict_rows(saved, rows)))
 
 
 def merge(options: argparse.Namespace) -> None:

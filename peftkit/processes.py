@@ -40,6 +40,16 @@ def check_processes(actual: int) -> None:
         )
 
 
+def require_one_process(what: str) -> None:
+    """Refuse work that several processes would do over each other.
+
+    Raises:
+        UsageError: this is one of several processes.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"{what} is for one process; give the command without a launcher")
+
+
 def check_launcher(run: Run, environment: Mapping[str, str]) -> None:
     """Refuse what a launcher's settings ask for and the run contradicts, or would leave undone without a word.
 
