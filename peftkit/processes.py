@@ -17,8 +17,8 @@ LAUNCHED = "ACCELERATE_MIXED_PRECISION"
 """What `accelerate launch` sets in every process that it starts, however many."""
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DEEPSPEED = (
-    "the launcher asks for DeepSpeed, whose engine accumulates, clips and steps by itself, while peftkit's loop does; "
-    "use --accelerate fsdp2, which shards the same, and reaches what ZeRO-2 and ZeRO-3 do"
+    "the launcher asks for DeepSpeed, whose engine accumulates, clips and steps by itself, as the training loop does; "
+    "the two together were never proven to train right: use --accelerate fsdp2, which shards what ZeRO shards"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -218,3 +219,17 @@ def test_a_run_is_checked_in_the_launcher(
 def test_a_launch_is_known_by_its_command_line(command: str, arguments: str | None) -> None:
     found = launch_arguments(command.split())
     assert found == (arguments.split() if arguments is not None else None)
+
+
+def test_the_page_says_of_every_configuration_who_launched_it() -> None:
+    root = Path(__file__).parents[1]
+    rows = [line for line in (root / "docs" / "distributed.md").read_text().splitlines() if line.startswith("| `")]
+    table = {row.split("`")[1]: row.split("|")[3].strip() for row in rows}
+    assert sorted(table) == NAMES
+    for name, launched in table.items():
+        tests = re.findall(r"`(tests/\w+\.py)::(test_\w+)`", launched)
+        assert tests or launched.startswith("never run"), name
+        for file, test in tests:
+            text = (root / file).read_text()
+            assert f"def {test}(" in text
+            assert f'"{name}"' in text
