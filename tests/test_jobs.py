@@ -38,7 +38,7 @@ class Stuck(evaluate.Metric):
         return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
 
     def _compute(self, predictions, references):
-        signs.STUCK = 4.0
+        signs.STUCK = 8.0
         time.sleep(3600 if os.environ["RANK"] == "1" else 0)
         return {"stuck": 0.0}
 """
