@@ -29,6 +29,13 @@ def train(options: argparse.Namespace) -> None:
     train_run(run)
 
 
+def launch(options: argparse.Namespace) -> None:
+    from peftkit.config import load_run
+    from peftkit.job import launch as launch_run
+
+    launch_run(_allowing(load_run(options.config, options.overrides), options.allow), options)
+
+
 def audit(options: argparse.Namespace) -> None:
     from peftkit.config import load_run
     from peftkit.data.mix import missing_files
@@ -75,8 +82,7 @@ def predict(options: argparse.Namespace) -> None:
         raise UsageError("no text: give texts, --file FILE, or pipe one text a line into stdin")
     saved = load_runs([options.run, *options.others])
     rows = typed_rows(saved.run.task, options.texts, options.text_pair, options.file)
-    for row in predict_rows(saved, rows):
-        print(json.dumps(row, ensure_ascii=False))
+    say("\n".join(json.dumps(row, ensure_ascii=False) for row in predict_rows(saved, rows)))
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -154,9 +160,9 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def list_recipes(options: argparse.Namespace) -> None:
-    from peftkit.shipped import configs, recipes
+    from peftkit.shipped import configs, launches, recipes
 
-    for title, files in (("recipes", recipes()), ("configs", configs())):
+    for title, files in (("recipes", recipes()), ("configs", configs()), ("accelerate", launches())):
         print(title)
         for file, summary in files.items():
             print(f"  {file.name:24} {summary}")
@@ -208,6 +214,8 @@ def _run(arguments: list[str]) -> None:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
+    from peftkit.launch import add_launch_options
+
     parser = Parser(prog="peftkit", description="Parameter-efficient fine-tuning you can check.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -218,6 +226,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     for name, command, summary in (
         ("train", train, "Train, evaluate and save the run that a configuration describes."),
+        ("launch", launch, "Train over several processes: check the run, then start it through `accelerate launch`."),
         ("audit", audit, "Look through the data of a run for faults, each with file and line."),
         ("validate", validate, "Check a configuration: every problem at once, with file and line."),
     ):
@@ -226,6 +235,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         one.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="win over the file")
         if name != "validate":
             one.add_argument("--allow", action="append", default=[], metavar="NAME", help="let this finding through")
+        if name == "launch":
+            add_launch_options(one)
         if name == "audit":
             one.add_argument("--json", action="store_true")
             one.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with charts too")

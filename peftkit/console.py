@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from peftkit.errors import ConfigError, PeftkitError, UsageError
@@ -15,6 +17,8 @@ from peftkit.errors import ConfigError, PeftkitError, UsageError
 INTERRUPTED = 130
 PATIENCE = 10.0
 """Seconds that a process waits for the first one to tell what is wrong, before it does so itself."""
+JOB = "PEFTKIT_JOB"
+"""The folder in which the processes of `peftkit launch` leave what is wrong, for the launcher to tell once."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 def guard(action: Callable[[], object]) -> int:
     """Run `action`; returns the exit code. What peftkit refuses is told in plain words, once a machine.
 
-    An error that nobody foresaw keeps its traceback.
+    An error that nobody foresaw keeps its traceback, except where it only says that another process is gone.
     """
     try:
         try:
@@ -42,13 +46,14 @@ def guard(action: Callable[[], object]) -> int:
         finally:
             sys.stdout.flush()  # here, where a reader that has gone can still be told from a failure
     except PeftkitError as error:
-        _tell(_message(error))
+        tell(_message(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         if _is_first():
-            _tell(
+            tell(
                 "interrupted; nothing half-written is left. A training run goes on from its last checkpoint when its "
-                "command is given again, without output.overwrite"
+                "command is given again, without output.overwrite",
+                INTERRUPTED,
             )
         return INTERRUPTED
     except BrokenPipeError:
@@ -58,9 +63,14 @@ def guard(action: Callable[[], object]) -> int:
         if error.errno != errno.ENOSPC:
             if error.filename is None:
                 raise
-            _tell(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
+            tell(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
             return 1
-        _tell(f"error: no space left on the disk that holds {error.filename or 'the output'}; free some and run again")
+        tell(f"error: no space left on the disk that holds {error.filename or 'the output'}; free some and run again")
+        return 1
+    except Exception as error:
+        if not _is_told_by_another(error):
+            raise
+        tell("error: the connection to another process broke off, because that one failed or was ended")
         return 1
     return 0
 
@@ -77,11 +87,32 @@ def _message(error: PeftkitError) -> str:
     return f"error: {error}"
 
 
-def _tell(message: str) -> None:
-    if not _is_first():
+def tell(message: str, exit_code: int = 1, first: bool = False) -> None:
+    """Say what is wrong, once a machine however many processes say the same: at once, or by the launcher.
+
+    Args:
+        first: this process tells it for the others, as the first one does otherwise.
+    """
+    if job := os.environ.get(JOB):
+        rank = int(os.environ.get("RANK", "0"))
+        text = json.dumps({"time": time.time(), "rank": rank, "message": message, "exit_code": exit_code})
+        (Path(job) / f"{rank}.json").write_text(text, encoding="utf-8")
+        return
+    if not first and not _is_first():
         # the first process mostly fails alike, and the launcher then ends this one before its turn comes
         time.sleep(PATIENCE)
     print(message, file=sys.stderr, flush=True)
+
+
+def _is_told_by_another(error: Exception) -> bool:
+    """Whether an error says no more than that another process is gone; waits, so that the other can tell why.
+
+    The launcher mostly ends this process meanwhile, because the other has failed.
+    """
+    lost = type(error).__name__.startswith("Dist") or "gloo/transport" in str(error)
+    if lost or not _is_first():
+        time.sleep(2 * PATIENCE if lost else PATIENCE)
+    return lost
 
 
 def _is_first() -> bool:

@@ -9,6 +9,7 @@
     ├── MethodError             a method that cannot be attached, saved or loaded
     │   └── NotMergeable        the method has no merged form
     ├── TrainingError           a run that would be worthless if it went on
+    ├── JobError                a process of several that failed, died or hung; its own exit code
     └── ArtifactError           a run folder, adapter or merged model
 
 Every message says what is wrong, where, and how to mend it.
@@ -61,6 +62,14 @@ class NotMergeable(MethodError):
 
 class TrainingError(PeftkitError):
     """A run that would be worthless if it went on."""
+
+
+class JobError(PeftkitError):
+    """A process of several that failed, and ended the others with it; the message and the code are that process's."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
 
 
 class ArtifactError(PeftkitError):

@@ -15,6 +15,7 @@ from peftkit.prepare import Split
 from peftkit.tasks.base import Prediction, Scores, Task
 from peftkit.training.on_request import on_request
 from peftkit.training.sharding import place
+from peftkit.training.watch import pace_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,11 +41,13 @@ def evaluate(
         metrics: `evaluate` modules beside those that `task.metrics` names.
     """
     predictions = predict(model, task, split, accelerator)
+    pace_of(accelerator).beat("scoring", split.name)
     scores = task.score(predictions, split.rows, split.labels)
     extra = (*task.metrics, *metrics)
     if extra:
         inputs = task.metric_inputs(predictions, split.rows, split.labels)
         scores = dataclasses.replace(scores, values=scores.values | extra_values(extra, *inputs, known=scores.values))
+    pace_of(accelerator).rest("after scoring")
     return Evaluation(split, scores, predictions)
 
 
@@ -73,11 +76,15 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
     place(model, accelerator)
     model.eval()
     found: list[tuple[int, Prediction]] = []
+    pace = pace_of(accelerator)
     with on_request(model, accelerator), torch.no_grad(), accelerator.autocast():
         for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+            pace.beat("predicting", split.name)
             batch = collate([examples[index] for index in indices], split.pad_id, accelerator.device)
+            pace.beat("predicting", split.name)
             found.extend(zip(indices, task.predict(model, batch, split.labels), strict=True))
     model.train(was_training)
+    pace.arrive()
     if accelerator.num_processes > 1:
         found = gather_object(found)
     predictions = [prediction for _, prediction in sorted(found, key=lambda item: item[0])]

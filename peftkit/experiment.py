@@ -22,8 +22,8 @@ from peftkit.evaluation import Evaluation, baselines, evaluate
 from peftkit.prepare import prepare
 from peftkit.report import announce, report
 from peftkit.session import start
-from peftkit.training.loop import TrainRecord
 from peftkit.training.loop import train as train_model
+from peftkit.training.record import TrainRecord
 
 if TYPE_CHECKING:
     from torch import nn

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peftkit.planning.parameters import Counts
     from peftkit.planning.survey import Answer
     from peftkit.prepare import Prepared
-    from peftkit.training.loop import TrainRecord
+    from peftkit.training.record import TrainRecord
 
 
 def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerator) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from peftkit.config_file import to_yaml
 from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
+from peftkit.processes import MIXED_PRECISION, check_launcher, check_processes
+from peftkit.training import watch
 from peftkit.training.optimizer import check_optimizer
 from peftkit.training.sharding import Sharding, sharding_of, unseen
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 HEADER = "# run "
 """How the first line of `run.yaml` starts; the run's id follows. It tells a run folder from any other."""
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start(run: Run, needs_data: bool = True) -> Accelerator:
@@ -37,17 +39,12 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
 
     Raises:
         ConfigError: data files that are not there.
-        UsageError: the folder holds something else, the launcher asks for another precision than the run, or this
-            device has not the precision, the optimizer or bitsandbytes' code.
+        UsageError: the folder holds something else, the launcher's settings contradict the run or gave it other
+            processes than it was asked for, or this device has not the precision, the optimizer or bitsandbytes' code.
     """
-    folder = run_folder(run)
-    check_folder(run, folder)
-    _check_start(run, folder)
-    if needs_data and run.task.data and (missing := missing_files(run.task.data)):
-        raise ConfigError(missing)
+    folder = check_start(run, os.environ, needs_data)
     from accelerate.utils import set_seed
 
-    _check_launcher(run)
     sharding = sharding_of(run)
     accelerator = _training_accelerator(run, folder)
     accelerator.sharding = _among(accelerator, sharding)
@@ -61,7 +58,26 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     return accelerator
 
 
-def _check_start(run: Run, folder: Path) -> None:
+def check_start(run: Run, environment: Mapping[str, str], needs_data: bool = True) -> Path:
+    """Everything about a start that can be refused before there is a process; returns the run folder.
+
+    Args:
+        environment: the variables that a launcher sets in its processes.
+
+    Raises:
+        ConfigError: data files that are not there.
+        UsageError: the folder holds something else, or the launcher's settings contradict the run.
+    """
+    folder = run_folder(run)
+    check_folder(run, folder)
+    _check_continued(run, folder)
+    if needs_data and run.task.data and (missing := missing_files(run.task.data)):
+        raise ConfigError(missing)
+    check_launcher(run, environment)
+    return folder
+
+
+def _check_continued(run: Run, folder: Path) -> None:
     """Refuse to go on from what is no finished run, or to write over it."""
     if run.method.start_from is None:
         return
@@ -80,6 +96,7 @@ def claim(run: Run, accelerator: Accelerator) -> None:
     """
     folder = run_folder(run)
     check_folder(run, folder)
+    watch.pace_of(accelerator).arrive()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,15 +178,6 @@ def _scores(folder: Path) -> str:
         return ""
 
 
-def _check_launcher(run: Run) -> None:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", MIXED_PRECISION[run.training.precision]):
-        raise UsageError(
-            f"the launcher asks for {launched} and training.precision for {run.training.precision}; "
-            "set one and leave the other out"
-        )
-
-
 def _training_accelerator(run: Run, folder: Path) -> Accelerator:
     trackers, precision = run.output.trackers, MIXED_PRECISION[run.training.precision]
     try:
@@ -202,7 +210,10 @@ def _accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     # buffers, such as positions, are the same in all processes and stay so: sending them in every step is for nothing
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     with unseen():
-        return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
+    check_processes(accelerator.num_processes)
+    accelerator.pace = watch.start(accelerator)
+    return accelerator
 
 
 def _holds_work(folder: Path) -> bool:

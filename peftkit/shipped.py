@@ -22,13 +22,17 @@ def recipes() -> dict[Path, str]:
 
 def configs() -> dict[Path, str]:
     """Configurations with the comment on their first line."""
-    found = sorted((folder() / "configs").glob("*.yaml"))
-    return {file: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in found}
+    return _with_comments("configs")
+
+
+def launches() -> dict[Path, str]:
+    """Accelerate configurations, for `peftkit launch --accelerate`, with the comment on their first line."""
+    return _with_comments("accelerate")
 
 
 def copy(name: str, target: Path | None) -> Path:
     """Copy a shipped file by its name to `target`, by default here under the same name; never over another file."""
-    shipped = {file.name: file for file in (*recipes(), *configs())}
+    shipped = {file.name: file for file in (*recipes(), *configs(), *launches())}
     source = shipped.get(name) or shipped.get(f"{name}.yaml")
     if source is None:
         raise UsageError(f"nothing is shipped as '{name}'{did_you_mean(name, shipped)}")
@@ -49,3 +53,8 @@ def copy(name: str, target: Path | None) -> Path:
 
 def _docstring(file: Path) -> str:
     return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def _with_comments(name: str) -> dict[Path, str]:
+    found = sorted((folder() / name).glob("*.yaml"))
+    return {file: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in found}

@@ -10,6 +10,7 @@ from typing import Any
 from peftkit.data.files import read_file
 from peftkit.data.rows import Rows
 from peftkit.errors import UsageError
+from peftkit.processes import require_one_process
 
 
 def typed_rows(task: Any, texts: Sequence[str], pairs: Sequence[str] | None, file: Path | None) -> Rows:
@@ -46,6 +47,7 @@ def _read(file: Path) -> str:
 
 
 def _read_stdin() -> str:
+    require_one_process("reading stdin")
     try:
         text = sys.stdin.read()
         text.encode()  # some locales let foreign bytes through as surrogates, which no text has

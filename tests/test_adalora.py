@@ -34,7 +34,8 @@ from peftkit.methods.base import trained_parameters
 from peftkit.prepare import Prepared, prepare
 from peftkit.session import start
 from peftkit.training import batches, loop
-from peftkit.training.loop import TrainRecord, train
+from peftkit.training.loop import train
+from peftkit.training.record import TrainRecord
 
 METHOD = {"kind": "adalora", "target_rank": 2, "initial_rank": 4, "alpha": 8}
 TRAINING = {"learning_rate": 0.01, "epochs": 3, "batch_size": 16, "seed": 1}  # 30 steps

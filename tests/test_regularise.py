@@ -24,7 +24,8 @@ from peftkit.evaluation import evaluate
 from peftkit.prepare import Prepared, prepare
 from peftkit.session import start
 from peftkit.tasks.outputs import divergences, together
-from peftkit.training.loop import TrainRecord, train
+from peftkit.training.loop import train
+from peftkit.training.record import TrainRecord
 from peftkit.training.regularise import Adversarial, Objective, RDrop, embedding_layers, perturbations
 
 WriteConfig = Callable[..., Path]

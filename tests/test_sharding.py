@@ -180,13 +180,9 @@ class TestWhatTheLauncherSays:
         said = {"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true"}
         assert asked_for(FSDP | said) == Sharding(reshard_after_forward=False, offload=True)
 
-    @pytest.mark.parametrize("version", [{}, {"FSDP_VERSION": "1"}])
-    def test_the_first_version_is_refused(self, version: dict[str, str]) -> None:
-        with pytest.raises(UsageError, match="FSDP version 1, and peftkit shards by version 2: set fsdp_version: 2"):
-            asked_for({"ACCELERATE_USE_FSDP": "true"} | version)
-
     @pytest.mark.parametrize(
-        "setting", [{"optimizer": "adafactor"}, {"optimizer": "adamw_8bit"}, {"precision": "fp16"}]
+        "setting",
+        [{"optimizer": "adafactor"}, {"optimizer": "adamw_8bit"}, {"optimizer": "paged_adamw"}, {"precision": "fp16"}],
     )
     def test_what_cannot_be_shared_out_is_refused(
         self, setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

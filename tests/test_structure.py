@@ -15,13 +15,23 @@ MODULES = sorted([*(ROOT / "peftkit").rglob("*.py"), *(ROOT / "recipes").rglob("
 # A module may import from its own row and from the rows below it; the longest name that fits decides.
 LAYERS = (
     ("recipes",),
-    ("peftkit", "peftkit.cli", "peftkit.experiment", "peftkit.report", "peftkit.api", "peftkit.typed"),
+    (
+        "peftkit",
+        "peftkit.cli",
+        "peftkit.launch",
+        "peftkit.job",
+        "peftkit.experiment",
+        "peftkit.report",
+        "peftkit.api",
+        "peftkit.typed",
+    ),
     ("peftkit.artifacts", "peftkit.bench"),
     (
         "peftkit.training",
         "peftkit.evaluation",
         "peftkit.prepare",
         "peftkit.session",
+        "peftkit.processes",
         "peftkit.planning",
         "peftkit.audit",
     ),

@@ -32,8 +32,9 @@ from peftkit.prepare import Prepared, prepare
 from peftkit.session import start
 from peftkit.tasks.losses import CrossEntropy, Focal, LabelSmoothed, Weighted
 from peftkit.training import batches, checkpoint
-from peftkit.training.loop import TrainRecord, train
+from peftkit.training.loop import train
 from peftkit.training.optimizer import make_optimizer, make_schedule, parameter_groups
+from peftkit.training.record import TrainRecord
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "targets": "all"}
 TRAINING = {"learning_rate": 0.01, "epochs": 1, "batch_size": 16, "seed": 1}

@@ -87,7 +87,9 @@ def _launch(folder: Path, configs: dict[str, Path]) -> None:
     command = [*launcher, "--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
     pairs = [text for recipe, config in configs.items() for text in (str(ROOT / f"recipes/{recipe}.py"), str(config))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script), *pairs], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [*command, str(script), *pairs], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -16,6 +16,7 @@ from peftkit.data.files import Rows
 from peftkit.disk import require_writable, whole_folder, write_text
 from peftkit.errors import ArtifactError, UsageError
 from peftkit.prepare import Split, encode_split
+from peftkit.processes import require_one_process
 from peftkit.quiet import quiet_libraries
 from peftkit.tasks.base import Example, Task
 from peftkit.tasks.language_model import LanguageModel
@@ -80,7 +81,8 @@ def merge(saved: SavedRun, target: str | Path, probe: Rows) -> MergeReport:
 
 
 def check_target(run_folder: Path, target: Path) -> None:
-    """Refuse a target that exists or that lies inside the run."""
+    """Refuse a target that exists or that lies inside the run, and processes that would write it together."""
+    require_one_process("a merge")
     if target.exists():
         raise UsageError(f"{target} exists; name a new folder for the merged model")
     if run_folder.resolve() in target.resolve().parents:

@@ -21,7 +21,9 @@ from peftkit.evaluation import Evaluation
 from peftkit.methods.base import trained_parameters
 from peftkit.quiet import quiet_libraries
 from peftkit.session import MANIFEST, RUN_FILE, release, run_folder
-from peftkit.training.loop import CHECKPOINTS, TrainRecord
+from peftkit.training.loop import CHECKPOINTS
+from peftkit.training.record import TrainRecord
+from peftkit.training.watch import pace_of
 from peftkit.training.whole import whole_parameters
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def save(
         _write_json(folder / MANIFEST, manifest | {"sha256": manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         release(run, accelerator)
+    pace_of(accelerator).arrive()
     accelerator.wait_for_everyone()
     if run.output.trackers:
         accelerator.end_training()

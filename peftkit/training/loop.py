@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Run, run_id
@@ -22,9 +21,11 @@ from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.gradients import gradients_of
 from peftkit.training.meter import Meter, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
+from peftkit.training.record import TrainRecord
 from peftkit.training.regularise import make_objective
 from peftkit.training.sharding import is_sharded, place
 from peftkit.training.tracking import Log, learning_curve
+from peftkit.training.watch import pace_of
 from peftkit.training.whole import whole
 
 if TYPE_CHECKING:
@@ -32,23 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class TrainRecord:
-    """What training did and what it cost. `seconds` is of training alone, without evaluation."""
-
-    peak_memory_bytes: int
-    total_parameters: int
-    processes: int
-    steps: int = 0
-    best_step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    tokens_per_second: float = 0.0
-    trainable_parameters: int = 0
-    losses: tuple[float, ...] = ()
-    evaluations: tuple[dict[str, Any], ...] = ()
 
 
 def train(
@@ -84,11 +68,12 @@ class _Loop:
         import torch
 
         self.model, self.run, self.data, self.accelerator = model, run, data, accelerator
+        self.pace = pace_of(accelerator)
         settings, examples = run.training, len(data.train.encoded)
         self.total_steps = settings.total_steps(examples)
         self.lengths = data.train.encoded.lengths
-        whole = settings.evaluate_every == "epoch"
-        self.every = settings.steps_per_epoch(examples) if whole else int(settings.evaluate_every)
+        by_epoch = settings.evaluate_every == "epoch"
+        self.every = settings.steps_per_epoch(examples) if by_epoch else int(settings.evaluate_every)
         if settings.gradient_checkpointing:
             _checkpoint_activations(model)
         place(model, accelerator)
@@ -167,6 +152,8 @@ class _Loop:
             last = part is parts[-1] and number == self.objective.passes - 1
             with self.gradients.part(last):
                 loss = self._micro_loss(part, number)
+                if last:
+                    self.pace.arrive()
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
                 accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
@@ -186,6 +173,7 @@ class _Loop:
     def _update(self) -> float:
         """Clip, step, and clear the gradients; returns their norm before clipping."""
         accelerator, settings = self.accelerator, self.run.training
+        self._beat()
         parameters = list(trained_parameters(self.model).values())
         norm = float(whole(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf)))
         if accelerator.scaler is None:  # fp16 skips such steps and lowers its scale
@@ -197,7 +185,11 @@ class _Loop:
             self.schedule.step()
             self.run.method.after_step(self.model, self.progress.step + 1)
         self.optimizer.zero_grad()
+        self.pace.rest("after a step")
         return norm
+
+    def _beat(self) -> None:
+        self.pace.beat("training", f"step {self.progress.step + 1}")
 
     def _refuse_infinite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -206,9 +198,11 @@ class _Loop:
             raise TrainingError(f"the {what} is {value} at step {step}; lower training.learning_rate{mend}")
 
     def _micro_loss(self, part: batches.MicroBatch, number: int) -> Any:
+        self._beat()
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
         examples = [self.run.task.for_epoch(example, self.epoch) for example in examples]
         batch = collate(examples, self.data.train.pad_id, self.accelerator.device)
+        self._beat()
         with self.accelerator.autocast():
             loss = self.objective.loss(self.wrapped, self.model, batch, self.class_weights, number)
         return loss if part.counted else loss * 0.0
@@ -255,11 +249,13 @@ class _Loop:
         from accelerate.utils import gather_object
 
         self.progress.tokens, self.progress.seconds = self.meter.tokens, self.meter.seconds
+        self.pace.arrive()
         random_states = gather_object([checkpoint.random_state()])
         self.checkpoints.save(self.progress, random_states, self.accelerator.is_main_process)
 
     def _finish(self) -> TrainRecord:
         progress, accelerator, keep_best = self.progress, self.accelerator, self.run.training.keep_best
+        self.pace.arrive()
         accelerator.wait_for_everyone()
         self.run.method.finish(self.model, self.folder if accelerator.is_main_process else None)
         if keep_best and progress.best_step != progress.step:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-USE, VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+USE = "ACCELERATE_USE_FSDP"
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,9 @@ class Sharding:
 
 
 def asked_for(environment: Mapping[str, str]) -> Sharding | None:
-    """What `accelerate launch` says about sharding; None where it says nothing.
-
-    Raises:
-        UsageError: FSDP in its first version.
-    """
+    """What `accelerate launch` says about sharding; None where it says nothing."""
     if environment.get(USE, "false").lower() != "true":
         return None
-    if (version := environment.get(VERSION, "1")) != "2":
-        raise UsageError(
-            f"the launcher asks for FSDP version {version}, and peftkit shards by version 2: set fsdp_version: 2 in "
-            "the file that accelerate launch reads, or give it --fsdp_version 2"
-        )
     return Sharding(
         environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
         environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
@@ -59,12 +50,17 @@ def sharding_of(run: Run) -> Sharding | None:
     """What the launcher asks for, as it is for this run.
 
     Raises:
-        UsageError: FSDP in its first version, or a run whose optimizer or precision cannot be shared out.
+        UsageError: a run whose optimizer or precision cannot be shared out.
     """
     found = asked_for(os.environ)
     if found is None or not run.method.trains_backbone:
         return found
-    for setting, name in (("optimizer", "adamw_8bit"), ("optimizer", "adafactor"), ("precision", "fp16")):
+    for setting, name in (
+        ("optimizer", "adamw_8bit"),
+        ("optimizer", "paged_adamw"),
+        ("optimizer", "adafactor"),
+        ("precision", "fp16"),
+    ):
         if getattr(run.training, setting) == name:
             raise UsageError(
                 f"training.{setting}: {name} does not work on what method '{run.method.kind}' trains once it is shared "
