@@ -214,7 +214,7 @@ def _run(arguments: list[str]) -> None:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
-    from peftkit.launch import add_launch_options
+    from peftkit.launch_options import add_launch_options
 
     parser = Parser(prog="peftkit", description="Parameter-efficient fine-tuning you can check.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -18,7 +18,8 @@ from peftkit.config import Run
 from peftkit.console import INTERRUPTED, JOB
 from peftkit.errors import JobError, UsageError, first_line
 from peftkit.experiment import train
-from peftkit.launch import Asked, Job, plan
+from peftkit.launch import Job, plan
+from peftkit.launch_options import Asked
 from peftkit.session import check_start
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)

@@ -18,7 +18,8 @@ from peftkit import shipped
 from peftkit.cli import main
 from peftkit.config import load_run
 from peftkit.errors import UsageError
-from peftkit.launch import Asked, Job, launcher_variables, plan
+from peftkit.launch import Job, launcher_variables, plan
+from peftkit.launch_options import Asked
 from peftkit.processes import check_launcher, launch_arguments
 
 SHIPPED = {file.stem: file for file in shipped.launches()}

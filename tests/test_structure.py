@@ -20,6 +20,7 @@ LAYERS = (
         "peftkit.cli",
         "peftkit.launch",
         "peftkit.job",
+        "peftkit.launch_options",
         "peftkit.experiment",
         "peftkit.report",
         "peftkit.api",
