@@ -194,10 +194,19 @@ def _training_accelerator(run: Run, folder: Path) -> Accelerator:
 
 
 def _among(accelerator: Accelerator, sharding: Sharding | None) -> Sharding | None:
-    if sharding is None or accelerator.num_processes > 1:
-        return sharding
-    accelerator.print("one process: there is nobody to share the model with, so it is not sharded")
-    return None
+    """What to shard, now that processes and device are known."""
+    if sharding is None:
+        return None
+    if accelerator.num_processes == 1:
+        accelerator.print("one process: there is nobody to share the model with, so it is not sharded")
+        return None
+    if sharding.offload and sharding.of_trained and accelerator.device.type != "cpu":
+        # gradients in the memory of the CPU would have to be summed over processes there
+        raise UsageError(
+            "fsdp_offload_params is for what is frozen, and this method trains the backbone; set fsdp_offload_params: "
+            "false in the file that accelerate launch reads"
+        )
+    return sharding
 
 
 def _accelerator(mixed_precision: str, **options: Any) -> Accelerator:

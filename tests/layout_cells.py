@@ -58,7 +58,7 @@ def launch(cells: list[dict[str, Any]], file: Path, processes: int = PROCESSES) 
     options = ["--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*launcher, *options, __file__, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
     assert done.returncode == 0, done.stderr[-8000:]
 
 

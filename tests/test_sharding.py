@@ -23,14 +23,13 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "targets": "all"}
 FULL = {"kind": "full"}
 SGD = {"optimizer": "sgd", "learning_rate": 0.02}
-GENERATION = {"max_new_tokens": 6, "limit": 3, "metrics": ["exact_match"]}
+GENERATION = {"max_new_tokens": 6, "limit": 2, "metrics": ["exact_match"]}
 COMPLETION = {"kind": "completion", "prompt": "text", "completion": "label", "max_length": 24, "generation": GENERATION}
 SEQ2SEQ_TASK = {"kind": "seq2seq", "source": "text", "target": "label", "max_target_length": 8}
 ALIKE: dict[str, dict[str, Any]] = {
     # B is frozen, and saved
     "frozen_adapter": {"backbone": Place("bert", SEQUENCE), "method": LORA | {"initialization": "mica"}},
     # its output projection is its embeddings
-    "tied_lora": {"backbone": Place("gpt2", CAUSAL), "task": COMPLETION, "method": LORA},
     "tied_full": {"backbone": Place("gpt2", CAUSAL), "task": COMPLETION, "method": FULL, "training": SGD},
     "encoder_decoder": {
         "backbone": Place("bart", SEQ2SEQ),
@@ -66,7 +65,7 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs: `tied_lora/one`, `tied_lora/two`, …, `lora_ddp/at_once`, `lora_ddp/in_two`, …"""
+    """A folder with runs: `tied_full/one`, `tied_full/two`, …, `lora_ddp/at_once`, `lora_ddp/in_two`, …"""
     folder = tmp_path_factory.mktemp("sharding")
     for seed, (split, count) in enumerate({"train": 17, "dev": 5, "test": 13}.items()):
         write_jsonl(folder / f"{split}.jsonl", sentiment_rows(count, seed))
@@ -120,7 +119,7 @@ def test_weights_and_predictions_are_those_of_one_process(folder: Path, name: st
         assert all(ours.get(key) == theirs.get(key) for key in ("text", "label"))
     if "generation" in ALIKE[name].get("task", {}):
         written = ["text" in ours for ours, _ in pairs]
-        assert sum(written) == 3, "the processes generate for different numbers of batches"
+        assert sum(written) == 2, "one batch, for which one process writes while the other has nothing to write"
 
 
 def test_each_process_holds_its_half_of_what_is_shared(folder: Path) -> None:

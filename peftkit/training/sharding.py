@@ -101,7 +101,7 @@ def place(model: nn.Module, accelerator: Accelerator) -> None:
 
 def _shard(model: nn.Module, sharding: Sharding, accelerator: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     device, processes = accelerator.device, accelerator.num_processes
     whole = {name: p for name, p in model.named_parameters() if _stays_whole(p, sharding, processes)}
@@ -124,8 +124,7 @@ def _shard(model: nn.Module, sharding: Sharding, accelerator: Accelerator) -> No
         if name in packed:  # how many numbers a packed parameter stands for
             parameter.quant_state = packed[name]  # type: ignore[attr-defined]
     _order_backward(model, blocks)
-    if hasattr(model, "generate"):  # what is outside the blocks must be together in it as in a forward pass
-        register_fsdp_forward_method(model, "generate")
+    _begin(model)
     accelerator.print(_note(model, processes))
 
 
@@ -154,6 +153,16 @@ def _order_backward(model: Any, blocks: list[Any]) -> None:
     pass, which torch would take, may differ between processes after an evaluation."""
     for unit, before in zip([*blocks, model], [model, *blocks], strict=True):
         unit.set_modules_to_backward_prefetch([before])
+
+
+def _begin(model: Any) -> None:
+    """Let blocks know whose they are, which torch does in the first forward pass: one that computes nothing, because
+    text is written by what is inside a wrapped model."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(model, "extra_repr")
+    model.extra_repr()
+    del model.extra_repr
 
 
 def _refuse_differing(model: nn.Module, accelerator: Accelerator) -> None:
