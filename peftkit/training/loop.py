@@ -20,7 +20,7 @@ from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
 from peftkit.training import batches, checkpoint
 from peftkit.training.checkpoint import Checkpoints, Progress
-from peftkit.training.meter import Meter, peak_memory_bytes
+from peftkit.training.meter import Meter, memory_growth_bytes, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.regularise import make_objective
 from peftkit.training.tracking import Log, learning_curve
@@ -45,6 +45,8 @@ class TrainRecord:
     tokens: int = 0
     tokens_per_second: float = 0.0
     trainable_parameters: int = 0
+    memory_growth_bytes: int | None = None
+    """What of the peak came with the model, its training and evaluation; None where that cannot be told."""
     losses: tuple[float, ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
 
@@ -88,7 +90,7 @@ class _Loop:
         whole = settings.evaluate_every == "epoch"
         self.every = settings.steps_per_epoch(examples) if whole else int(settings.evaluate_every)
         if settings.gradient_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         optimizer = make_optimizer(model, settings, run.method)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # stepped by hand: a prepared schedule would advance once for every process
@@ -270,6 +272,7 @@ class _Loop:
             tokens=self.meter.tokens,
             tokens_per_second=self.meter.tokens / max(self.meter.seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(accelerator.device.type),
+            memory_growth_bytes=memory_growth_bytes(self.model, accelerator.device.type),
             trainable_parameters=sum(map(numel, trained_parameters(self.model).values())),
             total_parameters=sum(map(numel, self.model.parameters())),
             processes=accelerator.num_processes,
@@ -278,7 +281,7 @@ class _Loop:
         )
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
     """Compute activations again in the backward pass instead of keeping them."""
     # transformers 5.23 renamed it
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
