@@ -53,7 +53,7 @@ def finished(name: str, seed: int, runs: Path) -> dict[str, Any]:
     seeded = [f"training.seed={seed}"] if plain.method.trains else []
     if not (folder / "manifest.json").is_file():
         kind = plain.method.kind
-        recipe = f"{RECIPE.get(kind, kind)}.py"
+        recipe = "qlora.py" if plain.backbone.quantization else f"{RECIPE.get(kind, kind)}.py"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         # the launcher's own choice is one thread
         launch += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkit.artifacts.store import load_run
     from peftkit.backbones.bundled import fetch
     from peftkit.backbones.load import BackboneSettings as Backbone
+    from peftkit.backbones.quantization import EightBit, FourBit
     from peftkit.config import OutputSettings as Output
     from peftkit.config import Run, read_run
     from peftkit.config import TrainingSettings as Training
@@ -60,6 +61,8 @@ _HOMES = {
     "Chat": ("peftkit.tasks", "Chat"),
     "Completion": ("peftkit.tasks", "Completion"),
     "Data": ("peftkit.data.sources", "DataSettings"),
+    "EightBit": ("peftkit.backbones.quantization", "EightBit"),
+    "FourBit": ("peftkit.backbones.quantization", "FourBit"),
     "Full": ("peftkit.methods", "Full"),
     "Generation": ("peftkit.tasks.generation", "Generation"),
     "HeadOnly": ("peftkit.methods", "HeadOnly"),
@@ -105,6 +108,8 @@ __all__ = [
     "Chat",
     "Completion",
     "Data",
+    "EightBit",
+    "FourBit",
     "Full",
     "Generation",
     "HeadOnly",

@@ -42,7 +42,9 @@ class TrainingSettings(Section):
     micro_batch_size: PositiveInt | None = None
     """Most examples in one forward pass of one process; smaller means more accumulation, the same loss."""
     evaluation_batch_size: PositiveInt = 64
-    optimizer: Literal["adamw", "sgd", "adafactor", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw_8bit", "paged_adamw"] = "adamw"
+    """`adamw_8bit` and `paged_adamw` are bitsandbytes' for GPUs. The latter moves its state out of a GPU's memory when
+    that is short (QLoRA); without a GPU it is `adamw`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["linear", "cosine", "constant", "polynomial"] = "linear"
     warmup_ratio: Fraction = 0.0
@@ -129,7 +131,7 @@ class Run(Section):
         conflicts = self.method.conflicts(
             task=self.task,
             dtype=self.backbone.dtype,
-            quantization=None,
+            quantization=self.backbone.quantization,
             checkpointing=self.training.gradient_checkpointing,
         )
         if conflicts:
@@ -161,8 +163,18 @@ def in_folder(run: Run, folder: str) -> Run:
     return run.model_copy(update={"output": run.output.model_copy(update={"folder": folder})})
 
 
-def read_run(expect: type[Method] | None = None, arguments: Sequence[str] | None = None) -> Run:
-    """The run named on a recipe's command line: `--config FILE [section.key=value …]`."""
+def read_run(
+    expect: type[Method] | None = None, arguments: Sequence[str] | None = None, quantized: bool = False
+) -> Run:
+    """The run named on a recipe's command line: `--config FILE [section.key=value …]`.
+
+    Args:
+        expect: the method that the recipe trains.
+        quantized: the recipe is for quantised backbones.
+
+    Raises:
+        UsageError: the configuration has another method, or a backbone in full precision.
+    """
     parser = Parser(description=sys.modules["__main__"].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
@@ -172,6 +184,11 @@ def read_run(expect: type[Method] | None = None, arguments: Sequence[str] | None
     if expect is not None and not isinstance(run.method, expect):
         wanted = "' or '".join(kind for kind, method in METHODS.items() if issubclass(method, expect))
         raise UsageError(f"{options.config}: this recipe trains '{wanted}', not '{run.method.kind}'")
+    if quantized and run.backbone.quantization is None:
+        raise UsageError(
+            f"{options.config}: this recipe trains on a quantised backbone; set backbone.quantization.kind=nf4, or use "
+            "recipes/lora.py"
+        )
     return run
 
 

@@ -13,12 +13,13 @@ from peftkit.backbones.causal import refuse_unpackable
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import Head, chosen_config, load_tokenizer, longest_input, meta_model, resolve_config
 from peftkit.backbones.modules import architecture
+from peftkit.backbones.quantize import quantize
 from peftkit.config import Run
 from peftkit.data.augment import augmented
 from peftkit.data.files import Rows
 from peftkit.data.sources import Splits
 from peftkit.demonstrations import require_demonstrations
-from peftkit.errors import DataError, MethodError, UsageError
+from peftkit.errors import BackboneError, DataError, MethodError, UsageError
 from peftkit.tasks.base import Encoded, Task
 
 if TYPE_CHECKING:
@@ -147,8 +148,14 @@ def _check_method(run: Run, head: Head) -> None:
         raise UsageError(
             f"training.gradient_checkpointing: transformers has none for {architecture(model)}; leave it out"
         )
+    layout = layout_for(config.model_type)
+    if run.backbone.quantization is not None:
+        try:
+            quantize(model, layout, run.backbone.quantization)
+        except BackboneError as error:
+            raise UsageError(f"backbone.quantization: {error}") from error
     try:
-        run.method.added_parameters(model, layout_for(config.model_type))
+        run.method.added_parameters(model, layout)
     except MethodError as error:
         raise UsageError(f"method: {error}") from error
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from peftkit.artifacts.store import saved_parameters
+from peftkit.backbones.quantize import packed
 from peftkit.config import Run
 from peftkit.console import say
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import numel, trained_parameters
 from peftkit.session import run_folder
 from peftkit.tasks.base import Scores
+from peftkit.training.optimizer import is_unpaged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +34,11 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
     total = sum(map(numel, model.parameters()))
     steps = run.training.total_steps(len(data.train.encoded))
     say(f"backbone  {run.backbone.name} ({run.backbone.dtype})")
+    if held := packed(model):
+        say(
+            f"          {len(held.modules)} linear layers of the blocks in {held.how}: {held.weights:,} weights in "
+            f"{_mib(held.bytes)}, where float32 takes {_mib(4 * held.weights)}; all else is in full precision"
+        )
     say(f"method    {run.method.kind}: {trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)")
     say(f"task      {run.task.kind}{_labels(data.head.labels)}")
     say(f"data      {len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} {data.test.name} rows")
@@ -45,6 +52,12 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
         f"training  {steps:,} steps of {run.training.batch_size} examples, {run.training.precision}, "
         f"{processes} on {_device(accelerator)}, seed {run.training.seed}"
     )
+    if is_unpaged(run.training.optimizer):
+        say("          optimizer paged_adamw is adamw here: there is no GPU memory to page")
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def _labels(labels: Sequence[str]) -> str:

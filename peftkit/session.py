@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.backbones.quantize import check_backend
 from peftkit.backbones.runs import MANIFEST, RUN_FILE
 from peftkit.config import Run, run_id
 from peftkit.config_file import to_yaml
@@ -36,7 +37,7 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     Raises:
         ConfigError: data files that are not there.
         UsageError: the folder holds something else, the launcher asks for another precision than the run, or this
-            device has not the precision or the optimizer.
+            device has not the precision, the optimizer or bitsandbytes' code.
     """
     folder = run_folder(run)
     check_folder(run, folder)
@@ -51,6 +52,8 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
         # Accelerate would train in float32 without a word
         raise UsageError("training.precision: fp16 needs a GPU; use bf16 or fp32 here")
     check_optimizer(run.training.optimizer, accelerator.device.type)
+    if run.backbone.quantization is not None:
+        check_backend(str(accelerator.device))
     set_seed(run.training.seed)
     return accelerator
 

@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedConfig
 
 from peftkit.backbones.load import Backbone, wrap
+from peftkit.backbones.quantization import Quantization
+from peftkit.backbones.quantize import quantize
 
 SEQUENCE = "AutoModelForSequenceClassification"
 TOKEN = "AutoModelForTokenClassification"
@@ -27,7 +29,7 @@ _SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 40,
+    "intermediate_size": 64,
     "max_position_embeddings": 32,
     "initializer_range": 0.2,
     "pad_token_id": 0,
@@ -40,26 +42,26 @@ _STACKS = {"d_model": 32, "vocab_size": 48, "pad_token_id": 0, "eos_token_id": 2
 _BART = {
     f"{stack}_{name}": value
     for stack in ("encoder", "decoder")
-    for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 40}.items()
+    for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": _SMALL,
     "roberta": _SMALL,
-    "distilbert": _SMALL | {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
+    "distilbert": _SMALL | {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
     "electra": _SMALL | {"embedding_size": 16},
     "albert": _SMALL | {"embedding_size": 16},
     "deberta": _RELATIVE,
     "deberta-v2": _RELATIVE | {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"},
     "modernbert": _SMALL | {"cls_token_id": 1, "sep_token_id": 2},
     "mpnet": _SMALL,
-    "gpt2": _SMALL | {"n_inner": 40},
+    "gpt2": _SMALL | {"n_inner": 64},
     "gpt_neox": _SMALL,
     "llama": _GROUPED,
     "mistral": _GROUPED,
     "qwen2": _GROUPED,
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
-    "t5": _STACKS | {"d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    "t5": _STACKS | {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
     "bart": _STACKS | _BART | {"max_position_embeddings": 32, "init_std": 0.2, "bos_token_id": 1},
 }
 _DECODERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -82,6 +84,7 @@ class Place:
 
     architecture: str
     model_class: str
+    quantization: Quantization | None = None
 
     @property
     def task(self) -> str:
@@ -125,9 +128,11 @@ def _loaded(folder: Path, model_class: str) -> nn.Module:
     return model.eval()
 
 
-def backbone_of(folder: Path, model_class: str, head_seed: int) -> Backbone:
+def backbone_of(folder: Path, model_class: str, head_seed: int, quantization: Quantization | None = None) -> Backbone:
     """The checkpoint with a head drawn anew, so that a head that is not saved is noticed."""
     backbone = wrap(copy.deepcopy(_loaded(folder, model_class)))
+    if quantization is not None:
+        quantize(backbone.model, backbone.layout, quantization)
     chance = torch.Generator().manual_seed(head_seed)
     for name in backbone.head_modules:
         for parameter in backbone.model.get_submodule(name).parameters():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from contract import Reloader
 
 # Set before torch is imported: tiny models gain nothing from threads, and parallel test runs would fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -174,6 +177,22 @@ def write_config(tmp_path: Path, tiny_bert: Path, toy_data: Path) -> Callable[..
         return file
 
     return write
+
+
+@pytest.fixture(scope="module")
+def contract_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of the methods' contract lie."""
+    return tmp_path_factory.mktemp("contract")
+
+
+@pytest.fixture(scope="module")
+def reloader() -> Iterator[Reloader]:
+    """The other process of the methods' contract."""
+    from contract import Reloader
+
+    one = Reloader()
+    yield one
+    one.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,10 @@ from contract_variants import Variant
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from peftkit.artifacts.vetting import check_artifact
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.modules import head_modules
+from peftkit.backbones.quantize import dequantize
 from peftkit.data.sources import DataSettings
 from peftkit.errors import BackboneError, MethodError, NotMergeable
 from peftkit.methods.base import Method, module_parameters, trained_parameters
@@ -42,7 +44,8 @@ class Reloader:
         """What the saved adapter computes over the untouched checkpoint."""
         assert self.process.stdin
         assert self.process.stdout
-        request = {"method": variant.settings, "model_class": place.model_class}
+        packed = place.quantization and place.quantization.model_dump()
+        request = {"method": variant.settings, "model_class": place.model_class, "quantization": packed}
         print(json.dumps(request | {"checkpoint": str(checkpoint), "folder": str(folder)}), file=self.process.stdin)
         self.process.stdin.flush()
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -66,7 +69,7 @@ class Counts:
 
 def attached(variant: Variant, place: Place, checkpoint: Path) -> nn.Module | str:
     """The model to train, with as many parameters as were counted from shapes alone; or why there is none."""
-    backbone = backbone_of(checkpoint, place.model_class, HEAD_SEED)
+    backbone = backbone_of(checkpoint, place.model_class, HEAD_SEED, place.quantization)
     torch.manual_seed(SEED)
     try:
         counts = counted(variant, place)
@@ -112,13 +115,15 @@ def check_cell(
     checkpointing = cell.check_same_seed(model)
     cell.check_saved(model, folder)
     cell.check_reload(model, folder, reloader)
+    if place.quantization is not None:
+        return cell.check_merge_in_full_precision(model, folder), checkpointing
     return cell.check_merge(model), checkpointing
 
 
 class _Cell:
     def __init__(self, variant: Variant, place: Place, checkpoint: Path) -> None:
         self.variant, self.method, self.place, self.checkpoint = variant, variant.method, place, checkpoint
-        self.plain = backbone_of(checkpoint, place.model_class, HEAD_SEED)
+        self.plain = backbone_of(checkpoint, place.model_class, HEAD_SEED, place.quantization)
         self.untouched = self.logits(self.plain.model)
         self.keys = list(self.plain.model.state_dict())
         self.counts = counts_of(self.method, self.plain.model)
@@ -227,6 +232,7 @@ class _Cell:
         folder.mkdir(parents=True)
         self.method.save(model, folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
+        check_artifact(folder, self.method)  # what was saved here is not taken for a stranger's
         sizes = list(saved_sizes(files))
         found, expected = sum(count for count, _ in sizes), self.expected_in_file(model)
         assert found == expected, f"the files hold {found} numbers, not {expected}"
@@ -263,6 +269,16 @@ class _Cell:
         assert close(theirs, ours, 1e-5), f"merged, it computes {difference(theirs, ours):.2g} else"
         return ""
 
+    def check_merge_in_full_precision(self, model: nn.Module, folder: Path) -> str:
+        """The same over plain layers with the values of the quantised ones, which is how quantised runs are merged."""
+        quantised, self.plain = self.logits(model), backbone_of(self.checkpoint, self.place.model_class, HEAD_SEED)
+        self.keys = list(self.plain.model.state_dict())
+        whole = backbone_of(self.checkpoint, self.place.model_class, HEAD_SEED, self.place.quantization)
+        dequantize(whole.model)
+        loaded = self.method.load(whole, folder)
+        assert close(self.logits(loaded), quantised, 1e-5), "computes something else over the same values"
+        return self.check_merge(loaded)
+
 
 def is_of(name: str, heads: tuple[str, ...]) -> bool:
     """Whether a parameter belongs to the head, where peft wrapped it too."""
@@ -271,8 +287,9 @@ def is_of(name: str, heads: tuple[str, ...]) -> bool:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers."""
-    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    """Parameters and buffers; packed codes as the bytes they are, for seen as floating point some are no numbers."""
+    found = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.data.view(torch.uint8) if hasattr(t, "quant_state") else t.detach() for name, t in found}
 
 
 def saved_sizes(files: list[Path]) -> Iterator[tuple[int, int]]:

@@ -18,10 +18,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from architectures import backbone_of, evaluated
     from pydantic import TypeAdapter
 
+    from peftkit.backbones.quantization import AnyQuantization
     from peftkit.methods import AnyMethod
 
     method = TypeAdapter(AnyMethod).validate_json(json.dumps(request["method"]), strict=True)
-    backbone = backbone_of(Path(request["checkpoint"]), request["model_class"], HEAD_SEED)
+    quantization = TypeAdapter(AnyQuantization | None).validate_python(request["quantization"])
+    backbone = backbone_of(Path(request["checkpoint"]), request["model_class"], HEAD_SEED, quantization)
     model = method.load(backbone, Path(request["folder"]))
     training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if training:

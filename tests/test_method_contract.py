@@ -15,18 +15,6 @@ from peftkit.methods import METHODS
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("contract")
-
-
-@pytest.fixture(scope="module")
-def reloader() -> Iterator[Reloader]:
-    one = Reloader()
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
 def found() -> list[Found]:
     """What the cells found so far."""
     return []
@@ -51,14 +39,14 @@ def test_contract(
     variant: Variant,
     architecture: str,
     model_class: str,
-    root: Path,
+    contract_root: Path,
     tmp_path: Path,
     reloader: Reloader,
     found: list[Found],
     record_property: Callable[[str, object], None],
 ) -> None:
     places = [Place(architecture, one) for one in TASKS[architecture]]
-    models = {place: attached(variant, place, save_checkpoint(place, root)) for place in places}
+    models = {place: attached(variant, place, save_checkpoint(place, contract_root)) for place in places}
     refused = {place.task: model for place, model in models.items() if isinstance(model, str)}
     possible = {place: model for place, model in models.items() if not isinstance(model, str)}
     merged = checkpointing = ""
@@ -67,7 +55,7 @@ def test_contract(
         place = place if place in possible else next(iter(possible))
         folder = tmp_path / "saved"
         merged, checkpointing = check_cell(
-            variant, place, save_checkpoint(place, root), folder, reloader, possible[place]
+            variant, place, save_checkpoint(place, contract_root), folder, reloader, possible[place]
         )
     tasks = tuple(place.task for place in possible)
     cell = Found(variant.name, architecture, refused, tasks, merged, checkpointing)

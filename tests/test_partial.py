@@ -33,6 +33,8 @@ from peftkit.api import attach
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.load import BackboneSettings, Head, load, wrap
 from peftkit.backbones.modules import head_modules
+from peftkit.backbones.quantization import EightBit
+from peftkit.backbones.quantize import quantize
 from peftkit.cli import main
 from peftkit.errors import MethodError
 from peftkit.methods import BitFit, LayerNorm, TopLayers
@@ -308,24 +310,14 @@ class TestRefused:
             attach(model, LayerNorm())
 
     def test_what_is_inside_quantised_layers(self) -> None:
-        model = quantized(made("bert"))
-        with pytest.raises(MethodError, match=r"'bitfit' cannot train '.*query\.bias', .* quantised Linear4bit"):
-            attach(copy.deepcopy(model), BitFit())
-        with pytest.raises(MethodError, match=r"'top_layers' cannot train '.*query\.weight', .* quantised Linear4bit"):
+        model = made("bert")
+        quantize(model, layout_for("bert"), EightBit(kind="int8"))
+        with pytest.raises(MethodError, match=r"'top_layers' cannot train '.*query\.weight', which is quantised"):
             attach(copy.deepcopy(model), TopLayers(layers=1))
-        trained = trained_parameters(attach(model, LayerNorm()))
-        backward(model)
-        assert all(parameter.grad is not None for parameter in trained.values())
-
-
-def quantized(model: Any) -> Any:
-    """The same model with its query projections in 4 bits."""
-    for name, part in list(model.named_modules()):
-        if name.endswith("query"):
-            packed = Linear4bit(part.in_features, part.out_features, compute_dtype=torch.float32, quant_type="nf4")
-            packed.load_state_dict(part.state_dict())
-            model.set_submodule(name, packed.to("cpu"))
-    return model
+        for method in (BitFit(), LayerNorm()):
+            trained = trained_parameters(attach(attached := copy.deepcopy(model), method))
+            backward(attached)
+            assert all(parameter.grad is not None for parameter in trained.values())
 
 
 @pytest.mark.parametrize("outputs", [7, 64])  # an odd number of weights, and whole blocks of 64

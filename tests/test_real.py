@@ -68,15 +68,17 @@ def test_plain_peft_and_plain_transformers_compute_the_same(reuters: Path, tmp_p
 
 
 RECIPES = {
-    "lora": "lora",
-    "adalora": "adalora",
-    "bottleneck_adapters": "bottleneck",
-    "prefix": "prefix",
-    "from_peft": "ia3",
-    "partial": "bitfit",
-    "head": "head",
-    "full": "full",
+    "lora": ["method={kind: lora}"],
+    "qlora": ["method={kind: lora}", "backbone.quantization={kind: nf4}"],
+    "adalora": ["method={kind: adalora}"],
+    "bottleneck_adapters": ["method={kind: bottleneck}"],
+    "prefix": ["method={kind: prefix}"],
+    "from_peft": ["method={kind: ia3}"],
+    "partial": ["method={kind: bitfit}"],
+    "head": ["method={kind: head}"],
+    "full": ["method={kind: full}"],
 }
+"""With what the configuration says otherwise."""
 
 
 def test_no_recipe_is_forgotten() -> None:
@@ -88,7 +90,7 @@ def test_no_recipe_is_forgotten() -> None:
 def test_every_recipe_runs_as_a_script(recipe: str, tmp_path: Path) -> None:
     """A recipe does what `peftkit train` does."""
     config = shipped.folder() / "configs" / "reuters_r8_lora.yaml"
-    arguments = [str(config), *SHORT, "task.data.limit=240", f"method={{kind: {RECIPES[recipe]}}}"]
+    arguments = [str(config), *SHORT, "task.data.limit=240", *RECIPES[recipe]]
     folders = [tmp_path / name for name in ("recipe", "verb")]
     command = [sys.executable, str(shipped.folder() / f"{recipe}.py"), "--config", *arguments]
     subprocess.run([*command, f"output.folder={folders[0]}"], check=True)

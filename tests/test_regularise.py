@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,15 @@ def test_two_processes_have_the_gradients_of_one(write_config: WriteConfig, tmp_
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_one_of_two, (port, tmp_path, config), nprocs=2, start_method="fork")
+    # not forked: what other tests started (OpenMP, autograd, tokenizers) has locks that a fork may find held for ever
+    processes: Any = torch.multiprocessing.spawn(_one_of_two, (port, tmp_path, config), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "the two processes do not end"
+    finally:
+        for process in processes.processes:
+            process.kill()
     run = load_run(config)
     data = prepare(run)
     torch.manual_seed(0)

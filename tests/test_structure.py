@@ -55,6 +55,7 @@ EARLY = {
     "peftkit.backbones.attention_inputs": "subclasses nn.Module; imported when something is added to attention",
     "peftkit.backbones.attention_by_hand": "subclasses transformers' modules; imported for DeBERTa and MPNet",
     "peftkit.backbones.fused": "subclasses nn.Module; imported when a role of a fused projection is adapted",
+    "peftkit.backbones.quantized_layers": "subclasses bitsandbytes' modules; imported when something is quantised",
     "peftkit.backbones.new_tokens": "subclasses nn.Module; imported when weights load or a task adds tokens",
     "peftkit.methods.bottleneck_layers": "subclasses nn.Module; imported when adapters are attached",
     "peftkit.methods.prefix_layers": "subclasses nn.Module; imported when a prefix is attached",

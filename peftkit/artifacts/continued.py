@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_config
+from peftkit.artifacts.vetting import check_artifact, check_names
 from peftkit.backbones.load import Backbone, Head
 from peftkit.config import Run
 from peftkit.disk import file_sha256
@@ -33,14 +34,22 @@ def start_from(run: Run, data: Prepared, backbone: Backbone, model: nn.Module) -
         return
     folder = Path(run.method.start_from).expanduser()
     manifest = read_manifest(folder)
+    check_names(folder, manifest)
     check_files(folder, manifest)
-    saved = read_saved_config(folder).method
+    config = read_saved_config(folder)
+    saved = config.method
+    check_artifact(folder / saved.artifact, saved)
     if saved.kind != run.method.kind:
         raise UsageError(
             f"method.start_from: {folder} was trained with method '{saved.kind}', and a '{run.method.kind}' cannot "
             f"go on from it; set method.kind: {saved.kind}, or name it as backbone.name to build on its merged model"
         )
     _check_backbone(folder, manifest, backbone)
+    if config.backbone.quantization != run.backbone.quantization:
+        raise UsageError(
+            f"method.start_from: {folder} was trained with backbone.quantization {_settings(config)}, and this run has "
+            f"{_settings(run)}, over which the same adapter computes something else; set the same"
+        )
     head = Head.from_dict(manifest["head"])
     if not run.method.fresh_head:
         _check_head(folder, head, data.head)
@@ -70,6 +79,11 @@ def _check_backbone(folder: Path, manifest: dict[str, Any], backbone: Backbone) 
             f"{expected[:12]}…, not {backbone.weights_sha256[:12]}…); set backbone.name and revision to that run's: "
             f"{manifest['backbone']['name']}"
         )
+
+
+def _settings(run: Run) -> str:
+    quantization = run.backbone.quantization
+    return "null" if quantization is None else str(quantization.model_dump(mode="json"))
 
 
 def _check_head(folder: Path, saved: Head, wanted: Head) -> None:

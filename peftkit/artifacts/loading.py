@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_config
+from peftkit.artifacts.vetting import check_artifact, check_names
 from peftkit.backbones.dropout import NAMES
 from peftkit.backbones.load import (
     Backbone,
@@ -20,6 +21,7 @@ from peftkit.backbones.load import (
     weight_files,
 )
 from peftkit.backbones.modules import base_model
+from peftkit.backbones.quantize import dequantize
 from peftkit.backbones.runs import MERGED, ORIGIN, is_run, merged_model
 from peftkit.config import Run
 from peftkit.disk import file_sha256, require_writable, whole_folder, write_text
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 PROBE = ("The merged model must compute what the adapted one does.", "So it is asked.")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
-"""Largest accepted |difference| / max(1, largest number), by the dtype that the merged model is held in."""
+"""Largest accepted |difference| / max(1, largest number), by the dtype that weights are held or multiplied in."""
 
 
 @dataclass
@@ -63,8 +65,13 @@ def load_run(folder: str | Path) -> SavedRun:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_names(folder, manifest)
     check_files(folder, manifest)
     run = read_saved_config(folder)
+    if manifest["artifact"] != run.method.artifact:
+        raise ArtifactError(f"{folder}: its manifest names another sub-folder than method '{run.method.kind}' writes")
+    if run.method.trains:
+        check_artifact(folder / run.method.artifact, run.method)
     settings = _found_again(run.backbone, manifest)
     merge_backbone(run.model_copy(update={"backbone": settings}))
     head = Head.from_dict(manifest["head"])
@@ -78,6 +85,23 @@ def load_run(folder: str | Path) -> SavedRun:
         )
     model = run.method.load(backbone, folder / manifest["artifact"]).eval()
     return SavedRun(folder, run, manifest, backbone, model, head)
+
+
+def in_full_precision(saved: SavedRun) -> nn.Module:
+    """The run's model in float32, where its weights can be merged: where the backbone is quantised, on plain layers
+    with the values that training saw, because a merge into quantised ones would round them anew."""
+    if saved.run.backbone.quantization is None:
+        return saved.model.float()
+    backbone = load(_found_again(saved.run.backbone, saved.manifest), saved.head)
+    dequantize(backbone.model).float()
+    return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).eval()
+
+
+def tolerance(settings: BackboneSettings) -> float:
+    """Largest accepted |difference| / max(1, largest number) of a merged model, by what its weights are held in and
+    what a quantised backbone was multiplied in."""
+    computed = settings.quantization.compute_dtype if settings.quantization else "float32"
+    return max(TOLERANCE[settings.dtype], TOLERANCE[computed])
 
 
 def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
@@ -117,13 +141,14 @@ def _merge(saved: SavedRun, manifest: dict[str, Any]) -> None:
     import torch
 
     dtype = saved.run.backbone.dtype
-    adapted: Any = saved.model.float()
-    before = _outputs(adapted, saved.tokenizer)
+    before = _outputs(saved.model.float() if saved.run.backbone.quantization is None else saved.model, saved.tokenizer)
+    adapted = in_full_precision(saved)
     try:
         merged: Any = saved.run.method.merge(adapted)
     except NotMergeable as error:
         raise NotMergeable(f"backbone.name: {saved.folder} cannot be built on: {error}") from error
-    _refuse_difference(before, _outputs(merged, saved.tokenizer), TOLERANCE["float32"], saved.folder)
+    computed = saved.run.backbone.model_copy(update={"dtype": "float32"})
+    _refuse_difference(before, _outputs(merged, saved.tokenizer), tolerance(computed), saved.folder)
     body: Any = base_model(merged) if saved.backbone.head_modules else merged
     expected = _outputs(body, saved.tokenizer)
     _forget_task(body.config, saved.run.backbone)

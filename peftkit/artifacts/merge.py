@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.artifacts.loading import in_full_precision, tolerance
 from peftkit.artifacts.store import SavedRun
 from peftkit.data.collate import IGNORED, collate
 from peftkit.data.files import Rows
@@ -27,8 +28,6 @@ LAST_TOKENS = 16
 """Supervised tokens of each row that language models are compared on."""
 MOST_LOGITS = 2**26
 """Numbers that are held to compare; 256 MiB."""
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
-"""Largest accepted |Δlogit| / max(1, max |logit|), by the dtype the backbone is held in."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def check_target(run_folder: Path, target: Path) -> None:
 def _write(saved: SavedRun, folder: Path, dtype: str) -> None:
     import torch
 
-    merged: Any = saved.run.method.merge(saved.model.float())
+    merged: Any = saved.run.method.merge(in_full_precision(saved))
     with quiet_libraries():
         merged.to(getattr(torch, dtype)).save_pretrained(folder)
         saved.tokenizer.save_pretrained(folder)
@@ -164,7 +163,7 @@ def _compare(before: list[list[Tensor]], after: Iterator[list[Tensor]], split: S
         equal_predictions=equal,
         largest_difference=math.nan if any(map(math.isnan, differences)) else max(differences),
         largest_logit=max(largest),
-        tolerance=TOLERANCE[saved.run.backbone.dtype],
+        tolerance=tolerance(saved.run.backbone),
         model_class=saved.head.model_class,
         pooling=getattr(saved.run.task, "pooling", "none"),
     )

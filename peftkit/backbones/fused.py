@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.backbones.layouts import Layout, in_blocks
+from peftkit.backbones.quantize import is_quantized, rows_of
 from peftkit.backbones.targets import Target, part_widths
 from peftkit.errors import MethodError
 
@@ -21,8 +22,6 @@ class SplitProjection(nn.Module):
         """`widths` are the outputs of each role, in order; with `heads` they alternate head by head."""
         super().__init__()
         self.roles, self.heads, self.transposed = tuple(widths), heads, isinstance(fused, Conv1D)
-        weight: Any = fused.weight
-        bias: Any = fused.bias
         rows = torch.arange(sum(widths.values()))
         if heads:
             places = [part.flatten() for part in rows.view(heads, len(widths), -1).unbind(1)]
@@ -30,12 +29,7 @@ class SplitProjection(nn.Module):
             places = list(rows.split(list(widths.values())))
         self._order = torch.cat(places).argsort()
         for role, place in zip(widths, places, strict=True):
-            part = nn.Linear(weight.shape[0 if self.transposed else 1], len(place), bias is not None, device="meta")
-            place = place.to(weight.device)
-            part.weight = _like(weight, weight.data[:, place].T if self.transposed else weight.data[place])
-            if bias is not None:
-                part.bias = _like(bias, bias.data[place])
-            self.add_module(role, part)
+            self.add_module(role, rows_of(fused, place) if is_quantized(fused) else _outputs(fused, place))
 
     def forward(self, inputs: Tensor) -> Tensor:
         parts = [self.get_submodule(role)(inputs) for role in self.roles]
@@ -70,20 +64,20 @@ def split_fused(model: nn.Module, layout: Layout, targets: Iterable[Target]) -> 
     The function stays the same up to rounding; `fuse` puts the projections back.
 
     Raises:
-        MethodError: a projection that is not plain, such as a quantised one.
+        MethodError: a projection that is neither plain nor quantised by peftkit.
     """
     inside = in_blocks(layout)
     for name in dict.fromkeys(target.fused_in for target in targets if target.fused_in):
         module = model.get_submodule(name)
-        if type(module) not in (nn.Linear, Conv1D):
+        if type(module) not in (nn.Linear, Conv1D) and not is_quantized(module):
             raise MethodError(
                 f"'{name}' is a {type(module).__name__}, which cannot be adapted in part; target the whole '{name}'"
             )
         match = inside.search(name)
         assert match is not None
         fused = layout.fused[match["path"]]
-        weight: Any = module.weight
-        widths = part_widths(fused, weight.shape[1 if isinstance(module, Conv1D) else 0], model)
+        outputs: Any = module.nf if isinstance(module, Conv1D) else module.out_features
+        widths = part_widths(fused, outputs, model)
         config: Any = model.config
         heads = config.num_attention_heads if fused.by_head else None
         model.set_submodule(name, SplitProjection(module, widths, heads))
@@ -94,6 +88,19 @@ def fuse(model: nn.Module) -> nn.Module:
     for name, part in [one for one in model.named_modules() if isinstance(one[1], SplitProjection)]:
         model.set_submodule(name, part.fused())
     return model
+
+
+def _outputs(fused: nn.Module, place: Tensor) -> nn.Linear:
+    """The linear layer of some outputs of a plain projection."""
+    weight: Any = fused.weight
+    bias: Any = fused.bias
+    transposed = isinstance(fused, Conv1D)
+    part = nn.Linear(weight.shape[0 if transposed else 1], len(place), bias is not None, device="meta")
+    place = place.to(weight.device)
+    part.weight = _like(weight, weight.data[:, place].T if transposed else weight.data[place])
+    if bias is not None:
+        part.bias = _like(bias, bias.data[place])
+    return part
 
 
 def _like(parameter: Tensor, values: Tensor) -> nn.Parameter:

@@ -16,6 +16,8 @@ from peftkit.backbones.download import PREFIX
 from peftkit.backbones.dropout import set_dropout
 from peftkit.backbones.layouts import Layout, layout_for
 from peftkit.backbones.modules import head_modules
+from peftkit.backbones.quantization import AnyQuantization
+from peftkit.backbones.quantize import mend, quantize
 from peftkit.backbones.runs import resolved
 from peftkit.backbones.task_model import load_model, trained_heads
 from peftkit.disk import file_sha256
@@ -43,6 +45,8 @@ class BackboneSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of hidden states, attention and head while training; default: what the model's configuration says."""
+    quantization: AnyQuantization | None = None
+    """How bitsandbytes packs the linear layers of the blocks; `dtype` is then that of everything else."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     """Load weights and put the task's head on them. A new head is drawn from torch's global generator.
 
     Raises:
-        BackboneError: no such model, no safetensors weights, or weights of the blocks missing.
+        BackboneError: no such model, no safetensors weights, weights of the blocks missing, or quantised before.
     """
     import torch
 
@@ -118,6 +122,8 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     model, fresh = load_model(folder, files, config, head.model_class, getattr(torch, settings.dtype))
     if head.new_tokens:
         add_to_model(model, tokenizer, head.new_tokens)
+    if settings.quantization is not None:
+        quantize(model, layout, settings.quantization)
     _pad_token(model, tokenizer)
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
@@ -136,7 +142,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
 def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Backbone:
     """A Backbone around a transformers model that the caller loaded."""
     config: Any = model.config
-    return Backbone(model, tokenizer, layout_for(config.model_type, model), head_modules(model))
+    return Backbone(mend(model), tokenizer, layout_for(config.model_type, model), head_modules(model))
 
 
 def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> PreTrainedTokenizerBase:
@@ -208,6 +214,11 @@ def read_config(folder: Path) -> PretrainedConfig:
 def chosen_config(settings: BackboneSettings, folder: Path) -> PretrainedConfig:
     """The configuration in a folder, with what the settings change in it."""
     config = read_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise BackboneError(
+            f"the weights in {folder} were quantised before; name the checkpoint that they were made from, and set "
+            "backbone.quantization"
+        )
     if settings.dropout is not None:
         set_dropout(config, settings.dropout)
     return config

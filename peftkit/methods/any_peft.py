@@ -14,12 +14,13 @@ from pydantic import ConfigDict
 
 from peftkit.backbones.load import Backbone
 from peftkit.backbones.modules import head_modules, named, norms, number_free_tails
+from peftkit.backbones.quantization import Quantization, refuse_quantized
 from peftkit.backbones.targets import Target
 from peftkit.errors import ArtifactError, MethodError, NotMergeable, PeftkitError, first_line
 from peftkit.methods.base import lost_to_rounding, module_parameters, trained_parameters
 from peftkit.methods.from_peft import FromPeft, adapter_state, are_transposed, quiet_peft, task_type
 from peftkit.methods.ia3 import scales_input
-from peftkit.methods.peft_configs import checked_fields, config_class, field_names
+from peftkit.methods.peft_configs import checked_fields, config_class, field_names, has_packed_layers
 from peftkit.quiet import quiet_libraries
 from peftkit.schema import did_you_mean
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from peftkit.backbones.layouts import Layout
+    from peftkit.tasks.base import Task
 
+WITHOUT_LINEAR = ("ln_tuning", "trainable_tokens")
+"""Types that adapt no linear layer."""
 STREAMS = "random_streams_sha256"
 
 
@@ -46,6 +50,11 @@ class Peft(FromPeft):
     """peft's name of the method."""
     targets: str | tuple[str, ...] | None = None
     """Default: `all`; every normalisation for `ln_tuning`, the word embeddings for `trainable_tokens`."""
+
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
+        if self.type.lower() in WITHOUT_LINEAR or has_packed_layers(self.type):
+            return []
+        return refuse_quantized(f"method 'peft': type '{self.type}' reads the backbone's weights in peft", quantization)
 
     def peft_config(self, backbone: Backbone, targets: list[Target], total_steps: int) -> PeftConfig:
         names = [target.name for target in targets]

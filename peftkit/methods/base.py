@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from peftkit.errors import MethodError
+from peftkit.errors import ArtifactError, MethodError
 from peftkit.schema import Section
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
+    from peftkit.backbones.quantization import Quantization
     from peftkit.tasks.base import Task
 
 
@@ -115,7 +116,7 @@ class Method(Section, ABC):
         """Positions in front of every input that the method takes for itself."""
         return 0
 
-    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
         """Why this method cannot run so; empty when it can."""
         return []
 
@@ -187,6 +188,17 @@ def check_fit(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
         if ours != theirs:
             shapes = [str(shape) if shape else "missing" for shape in (theirs, ours)]
             raise MethodError(f"its '{name}' is {shapes[0]}, and {shapes[1]} here; set the method to what it was")
+
+
+def refuse_nan(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse saved weights that are not numbers.
+
+    Raises:
+        ArtifactError: names one.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ArtifactError(f"{file}: '{name}' holds NaN or infinity; restore the file, or train again")
 
 
 def train_only(model: nn.Module, modules: Iterable[str]) -> None:

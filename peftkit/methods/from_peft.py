@@ -24,6 +24,7 @@ from peftkit.methods.peft_files import (
     put_in,
     quiet_peft,
     read_saved,
+    refuse_backbone_weights,
     saved_config,
 )
 from peftkit.quiet import quiet_libraries
@@ -101,6 +102,7 @@ class FromPeft(Method):
         base: Any = backbone.model
         notes, tensors = read_saved(folder)
         saved = set(tensors)
+        refuse_backbone_weights(saved, base, backbone.head_modules, folder)
         self._refuse_missing(targets, saved, notes, base, folder)
         try:
             with quiet_libraries(), quiet_peft():

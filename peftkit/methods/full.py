@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from peftkit.backbones.quantization import Quantization, refuse_quantized
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError, MethodError
-from peftkit.methods.base import Method, inside, lost_to_rounding, module_parameters, numel
+from peftkit.methods.base import Method, inside, lost_to_rounding, module_parameters, numel, refuse_nan
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class Full(Method):
                 raise MethodError(conflict)
         return backbone.model.requires_grad_(True)
 
-    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
+        if quantization is not None:
+            return refuse_quantized(f"method '{self.kind}' trains all weights of the backbone", quantization)
         return [conflict] if (conflict := lost_to_rounding(self.kind, dtype)) else []
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -59,6 +62,7 @@ class Full(Method):
             raise ArtifactError(f"{folder} has weights this model lacks: {', '.join(sorted(unexpected)[:3])}")
         if missing := info["missing_keys"]:
             raise ArtifactError(f"{folder} lacks weights: {', '.join(sorted(missing)[:3])}")
+        refuse_nan(dict(model.named_parameters()), folder)
         backbone.model = model
         loaded: nn.Module = model.requires_grad_(False)
         return loaded

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError
-from peftkit.methods.base import Method, check_fit, inside, trained_parameters, trained_tensors
+from peftkit.methods.base import Method, check_fit, inside, refuse_nan, trained_parameters, trained_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,7 @@ class InModel(Method):
         model = self.attach_for_inference(backbone)
         expected, file = trained_parameters(model), folder / WEIGHTS
         tensors = load_file(file)
+        refuse_nan(tensors, file)
         if expected.keys() != tensors.keys():
             differing = sorted(expected.keys() ^ tensors.keys())
             raise ArtifactError(f"{file} is not of this model: it differs in {', '.join(differing[:3])}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from peftkit.backbones.quantization import Quantization, refuse_quantized
 from peftkit.errors import MethodError
 from peftkit.methods.from_peft import FromPeft, adapter_state, are_transposed, refuse_embeddings, task_type
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
     from peftkit.backbones.targets import Target
+    from peftkit.tasks.base import Task
 
 _INITIALIZATIONS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+|olora|mica"
 _LEFT_OUT = {
@@ -74,6 +76,14 @@ class LoRA(FromPeft):
         if self._freezes_b and self.b_learning_rate_factor != 1:
             raise ValueError("b_learning_rate_factor has nothing to do: with initialization mica, B does not train")
         return self
+
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
+        start = f"method '{self.kind}': initialization {self.initialization}"
+        if self._rewrites_base or self._freezes_b:
+            return refuse_quantized(f"{start} takes the backbone's weights apart", quantization)
+        if self.initialization == "orthogonal":
+            return refuse_quantized(f"{start} is drawn by peft in the dtype of the backbone's weights", quantization)
+        return []
 
     def peft_config(self, backbone: Backbone, targets: list[Target], total_steps: int) -> LoraConfig:
         from peft import LoraConfig

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.modules import architecture, base_model, norms
+from peftkit.backbones.quantization import Quantization, refuse_quantized
 from peftkit.errors import MethodError
 from peftkit.methods.base import check_trained, lost_to_rounding, module_parameters, numel, train_in_float32, train_only
 from peftkit.methods.in_model import InModel
@@ -69,7 +70,7 @@ class Partial(InModel):
         model, heads = backbone.model, backbone.head_modules
         tuned = self._tuned(model, backbone.layout, heads)
         for name, parameter in tuned.items():
-            self._refuse_quantized(name, model)
+            self._refuse_packed(name, parameter)
             if conflict := lost_to_rounding(self.kind, str(parameter.dtype).removeprefix("torch.")):
                 raise MethodError(conflict)
         train_only(model, heads)
@@ -84,7 +85,7 @@ class Partial(InModel):
 
         return fold(model)
 
-    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
         return [conflict] if (conflict := lost_to_rounding(self.kind, dtype)) else []
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:
@@ -101,13 +102,11 @@ class Partial(InModel):
         chosen = self.chosen(backbone, model, layout)
         return {name: parameter for name, parameter in backbone.items() if name in chosen}
 
-    def _refuse_quantized(self, name: str, model: nn.Module) -> None:
-        # bitsandbytes rounds a bias to its input's dtype in every forward pass, and its weights take no gradient
-        layer = type(model.get_submodule(name.rpartition(".")[0]))
-        if layer.__module__.startswith("bitsandbytes"):
+    def _refuse_packed(self, name: str, parameter: nn.Parameter) -> None:
+        if type(parameter).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes'
             raise MethodError(
-                f"method '{self.kind}' cannot train '{name}', which is in a quantised {layer.__name__}; "
-                "load the backbone without quantisation"
+                f"method '{self.kind}' cannot train '{name}', which is quantised; load the backbone without "
+                "quantisation"
             )
 
 
@@ -148,6 +147,11 @@ class TopLayers(Partial):
     size: ClassVar[str | None] = "layers"
     kind: Literal["top_layers"] = "top_layers"
     layers: Annotated[int, Field(gt=0)] = 2
+
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
+        if quantization is not None:
+            return refuse_quantized(f"method '{self.kind}' trains weights of the backbone", quantization)
+        return super().conflicts(task=task, dtype=dtype, quantization=quantization, checkpointing=checkpointing)
 
     def chosen(self, names: Iterable[str], model: nn.Module, layout: Layout) -> set[str]:
         parts, tops = norms(model), [*_poolers(model)]

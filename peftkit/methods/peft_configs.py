@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peftkit.errors import MethodError
@@ -65,6 +67,15 @@ def config_class(kind: str) -> Any:
 def field_names(kind: str) -> set[str]:
     """What the configuration class of a type takes."""
     return {field.name for field in dataclasses.fields(config_class(kind)) if field.init}
+
+
+def has_packed_layers(kind: str) -> bool:
+    """Whether peft has layers of a type for what bitsandbytes packs; looked up on the disk, for peft is slow to import.
+
+    peft puts layers of other types around packed ones too, and computes with the codes.
+    """
+    peft = importlib.util.find_spec("peft")
+    return peft is not None and (Path(str(peft.origin)).parent / "tuners" / kind.lower() / "bnb.py").is_file()
 
 
 def checked_fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.errors import MethodError
+from peftkit.errors import ArtifactError, MethodError
+from peftkit.methods.base import inside, refuse_nan
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -98,7 +99,22 @@ def read_saved(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
-    return json.loads(metadata.get(NOTES, "{}")), load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    refuse_nan(tensors, folder / WEIGHTS)
+    return json.loads(metadata.get(NOTES, "{}")), tensors
+
+
+def refuse_backbone_weights(names: Iterable[str], base: nn.Module, heads: tuple[str, ...], folder: Path) -> None:
+    """Refuse an adapter that would put other weights in the place of the backbone's, as peft lets it.
+
+    Raises:
+        ArtifactError: names the weight.
+    """
+    own = set(base.state_dict())
+    for name in names:
+        inner = name.removeprefix("base_model.model.")
+        if inner in own and not inside(inner, heads):
+            raise ArtifactError(f"{folder} holds '{inner}', a weight of the backbone itself, which no adapter replaces")
 
 
 def _short(value: Any) -> str:

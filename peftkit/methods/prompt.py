@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
+    from peftkit.backbones.quantization import Quantization
     from peftkit.backbones.targets import Target
     from peftkit.tasks.base import Task
 
@@ -37,7 +38,7 @@ class VirtualTokens(FromPeft):
     def virtual_tokens(self) -> int:
         return self.length
 
-    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
         if getattr(task, "packing", False):
             return [
                 f"method '{self.kind}' puts its tokens in front of a sequence, so of the examples that task.packing "

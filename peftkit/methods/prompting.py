@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from peftkit.backbones.layouts import Layout
     from peftkit.backbones.load import Backbone
+    from peftkit.backbones.quantization import Quantization
     from peftkit.tasks.base import Task
 
 RECORD = "prompting.json"
@@ -40,7 +41,7 @@ class Prompting(Method):
     def attach(self, backbone: Backbone, total_steps: int) -> nn.Module:
         return backbone.model.requires_grad_(False)
 
-    def conflicts(self, *, task: Task, dtype: str, quantization: None, checkpointing: bool) -> list[str]:
+    def conflicts(self, *, task: Task, dtype: str, quantization: Quantization | None, checkpointing: bool) -> list[str]:
         if "demonstrations" not in type(task).model_fields:
             return [
                 f"method 'prompting' trains nothing, and task '{task.kind}' has a head that would stay random; "

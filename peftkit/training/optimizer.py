@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, method: Method)
     """The optimizer over what trains. Biases and normalisation weights (everything with one dimension) do not decay."""
     groups = parameter_groups(model, settings, method)
     rate: Any = {"lr": settings.learning_rate}
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "adamw" or is_unpaged(settings.optimizer):
         from torch.optim import AdamW
 
         return AdamW(groups, **rate)
@@ -41,10 +41,17 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, method: Method)
 
         # steps in proportion to the parameter, torch's only kind, would leave what starts at zero (LoRA's B) there
         return Adafactor(groups, scale_parameter=False, relative_step=False, **rate)
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW32bit
 
-    optimizer: Optimizer = AdamW8bit(groups, **rate)
+    optimizer: Optimizer = (AdamW8bit if settings.optimizer == "adamw_8bit" else PagedAdamW32bit)(groups, **rate)
     return optimizer
+
+
+def is_unpaged(name: str) -> bool:
+    """Whether `paged_adamw` is AdamW here, because there is no GPU memory to page."""
+    import torch
+
+    return name == "paged_adamw" and not torch.cuda.is_available()
 
 
 def make_schedule(optimizer: Optimizer, settings: TrainingSettings, total_steps: int) -> LRScheduler:
