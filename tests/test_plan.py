@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import Backbone, chosen_config, resolve_config
@@ -36,6 +37,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt", "length": 4},
     "full": {"kind": "full"},
 }
+
+
+def configured(write_config: WriteConfig, **sections: Any) -> Path:
+    """A toy run whose sections, `task` among them, are replaced."""
+    file = write_config()
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | sections))
+    return file
 
 
 def weigh(rows: int, longest: int, supervised: int) -> float:
@@ -70,17 +78,16 @@ def completion(tmp_path: Path, backbone: Path, **sections: Any) -> dict[str, Any
     return {"backbone": {"name": str(backbone)}, "task": task | {"data": {"train": str(file)}}} | sections
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("variant", ["plain", "checkpointed", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [*((name, "plain") for name in METHODS), ("lora", "checkpointed"), ("full", "checkpointed"), ("lora", "bf16")],
+)
 def test_a_step_holds_without_values_what_it_holds_with_them(
     name: str, variant: str, write_config: WriteConfig
 ) -> None:
     training: dict[str, Any] = {"learning_rate": 0.01, "epochs": 1, "batch_size": 16, "micro_batch_size": 8}
     training |= {"plain": {}, "checkpointed": {"gradient_checkpointing": True}, "bf16": {"precision": "bf16"}}[variant]
-    try:
-        run = load_run(write_config(method=METHODS[name], training=training))
-    except Exception as error:  # a method that cannot be checkpointed says so
-        pytest.skip(str(error))
+    run = load_run(write_config(method=METHODS[name], training=training))
     data, work = planned(run)
     real = trace_model(Ledger(), with_values(run, data), run, work)
     assert figures(traced(run, data.head, work)) == figures(real)
@@ -96,11 +103,32 @@ def test_a_language_model_holds_its_logits(
     if variant == "bfloat16":
         sections["backbone"]["dtype"] = "bfloat16"
     run = load_run(
-        write_config(**sections, training=training | {"gradient_checkpointing": variant == "checkpointed"})
+        configured(write_config, **sections, training=training | {"gradient_checkpointing": variant == "checkpointed"})
     )
     data, work = planned(run)
     real = trace_model(Ledger(), with_values(run, data), run, work)
     assert figures(traced(run, data.head, work)) == figures(real)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_packed_weights_take_their_codes_and_scales(kind: str, write_config: WriteConfig, tiny_bert: Path) -> None:
+    from peftkit.backbones.load import load
+    from peftkit.backbones.quantize import packed
+
+    backbone = {"name": str(tiny_bert), "quantization": {"kind": kind, "compute_dtype": "float32"}}
+    backbone["quantization"] |= {"block_size": 32} if kind == "nf4" else {}
+    run = load_run(configured(write_config, backbone=backbone))
+    data, work = planned(run)
+    loaded = load(run.backbone, data.head)
+    codes: Any = packed(loaded.model)
+    rest = sum(p.nbytes for p in loaded.model.parameters() if p.dtype not in (torch.uint8, torch.int8))
+    before = rest + codes.bytes + sum(b.nbytes for n, b in loaded.model.named_buffers() if not n.endswith("scales"))
+    model = run.method.attach(loaded, 100)
+    adapters = sum(p.nbytes for name, p in trained_parameters(model).items() if "lora_" in name)
+    trace = traced(run, data.head, work)
+    assert trace.weights == before + adapters
+    real = trace_model(Ledger(), model, run, work)
+    assert abs(trace.peak - real.peak) < 0.02 * real.peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -208,7 +236,7 @@ def test_without_data_every_text_is_as_long_as_allowed(
 ) -> None:
     data = {"train": "nowhere.tsv", "test": "nowhere.tsv"}
     task = {"kind": "sequence_classification", "data": data, "max_length": 24}
-    assert main(["plan", str(write_config(task=task)), "--gpus", "T4", "--json"]) == 0
+    assert main(["plan", str(configured(write_config, task=task)), "--gpus", "T4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "upper bound" in found["batches"] and "nowhere.tsv" in found["batches"]
     assert found["micro_batch"] == [16, 24]
@@ -242,7 +270,7 @@ def test_seventy_billion_parameters_take_seconds_and_little_memory(tmp_path: Pat
     sections["backbone"]["dtype"] = "bfloat16"
     sections["task"]["max_length"] = 2048
     training = {"learning_rate": 1e-4, "max_steps": 100, "batch_size": 8, "gradient_checkpointing": True}
-    file = write_config(**sections, training=training)
+    file = configured(write_config, **sections, training=training)
     done = subprocess.run(
         [sys.executable, "-c", SEVENTY, str(file)], capture_output=True, text=True, timeout=240, check=False
     )

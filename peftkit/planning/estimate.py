@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peftkit.backbones.load import Head
 from peftkit.config import Run
+from peftkit.methods import Full
 from peftkit.methods.from_peft import FromPeft
 from peftkit.planning.machines import GIB, Machine
 from peftkit.planning.trace import Trace, expected
@@ -20,8 +23,12 @@ PAGE = 512
 MAPPED = 32 * MIB
 """From this size on, glibc gives every block pages of its own and takes them back when it is freed (mallopt(3),
 M_MMAP_THRESHOLD's greatest dynamic value)."""
-HEAP = 2.1
-"""What glibc's heap grows to for a byte of smaller blocks; measured, see docs/plan.md."""
+HOLES, SETTLED = 1.4, 25
+"""Smaller blocks leave holes that are a little too small for the next of their size. After n micro-batches the heap is
+1 + HOLES · (1 − exp(−n / SETTLED)) times as large as what is alive in it; measured, see docs/plan.md."""
+PINNED = 2.0
+"""It is at least so many times as large where all weights train: the optimizer's state, which stays, then lies between
+the blocks."""
 EVALUATION_HEAP = 1.1
 """The same while nothing is kept for a backward pass."""
 LIBRARIES = {"torch's kernels, transformers": 75 * MIB, "peft": 54 * MIB, "metrics": 125 * MIB}
@@ -99,9 +106,9 @@ def estimate(
         sharding: `none`, `ddp` (every process has everything) or `fsdp2` (weights, gradients and states are divided).
         limit: bytes that it may hold; default: what the machine has.
     """
-    trace = expected(run, head, work, on_gpu if machine.kind == "gpu" else on_heap)
+    trace = expected(run, head, work, on_gpu if machine.kind == "gpu" else partial(on_heap, _heap(run, work)))
     shares = machine.count if sharding == "fsdp2" else 1
-    phases, parts = _memory(run, trace, machine, sharding, shares)
+    phases, parts = _memory(run, trace, work, machine, sharding, shares)
     rows, length = work.shape
     scale = work.step_tokens / work.step_parts / (rows * length)
     step = work.step_parts * machine.seconds(trace.step, scale) if run.method.trains else 0.0
@@ -127,13 +134,19 @@ def on_gpu(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def on_heap(size: int) -> int:
-    """What a storage adds to a process's resident memory under glibc."""
-    return size if size >= MAPPED else round(HEAP * size)
+def on_heap(factor: float, size: int) -> int:
+    """What a storage adds to a process's resident memory under glibc, whose heap is `factor` times what is in it."""
+    return size if size >= MAPPED else round(factor * size)
+
+
+def _heap(run: Run, work: Workload) -> float:
+    """How many times as large as what is alive in it glibc's heap becomes in a run."""
+    worn = HOLES * (1 - math.exp(-work.steps * work.step_parts / SETTLED))
+    return max(PINNED, 1 + worn) if isinstance(run.method, Full) else 1 + worn
 
 
 def _memory(
-    run: Run, trace: Trace, machine: Machine, sharding: str, shares: int
+    run: Run, trace: Trace, work: Workload, machine: Machine, sharding: str, shares: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Phases, and the parts of a step's peak."""
     libraries = _libraries(run) if machine.kind == "cpu" else 0
@@ -146,7 +159,7 @@ def _memory(
         activations -= min(activations, trace.trained - gradients) if trace.peaks else 0
     evaluation = trace.evaluation - trace.weights
     if machine.kind == "cpu":
-        evaluation = round(evaluation * EVALUATION_HEAP / HEAP)
+        evaluation = round(evaluation * EVALUATION_HEAP / _heap(run, work))
     parts = {"libraries": libraries, "weights": weights, "optimizer": state, "activations and gradients": activations}
     if buckets:
         parts["gradient buckets"] = buckets

@@ -180,7 +180,9 @@ def _head_without_data(run: Run) -> Head:
     except (PeftkitError, ValueError):
         labels = getattr(run.task, "labels", None) or ("0", "1")
         outputs = 2 if run.task.kind == "question_answering" else None
-        return Head(MODEL_CLASSES.get(run.task.kind, MODEL_CLASSES["sequence_classification"]), tuple(labels), outputs)
+        return Head(
+            MODEL_CLASSES.get(run.task.kind, MODEL_CLASSES["sequence_classification"]), tuple(labels), outputs=outputs
+        )
 
 
 def _variant(run: Run, name: str) -> Run:

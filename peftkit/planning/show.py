@@ -13,13 +13,6 @@ def shown(plan: Plan) -> str:
     return "\n".join(_lines(plan))
 
 
-def expectation(found: Estimate) -> str:
-    """One line for the start of a training."""
-    phase = max(found.phases, key=found.phases.__getitem__)
-    rows, length = found.work.shape
-    return f"about {in_gib(found.peak)} at most ({phase}; {rows} × {length} tokens); {_verdict(found)}"
-
-
 def _lines(plan: Plan) -> Iterator[str]:
     now = plan.estimate
     trace, run = now.trace, plan.run

@@ -15,6 +15,7 @@ from peftkit.backbones.causal import CHECKED
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.load import Backbone, Head, chosen_config, meta_model, resolve_config
 from peftkit.backbones.modules import head_modules
+from peftkit.backbones.quantize import is_quantized, quantize
 from peftkit.config import Run
 from peftkit.data.collate import collate
 from peftkit.methods import TopLayers
@@ -140,6 +141,8 @@ def attached(run: Run, head: Head, blocks: int | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model = meta_model(config, head, run.backbone.dtype)
         layout = layout_for(config.model_type)
+        if run.backbone.quantization is not None:
+            quantize(model, layout, run.backbone.quantization)
         backbone = Backbone(model, None, layout, head_modules(model), name=run.backbone.name)
         with torch.device("meta"):
             return run.method.attach(backbone, total_steps=1_000_000)
@@ -149,12 +152,20 @@ def trace_model(ledger: Ledger, model: nn.Module, run: Run, work: Workload) -> T
     """The same for a model that is there, with values or without, under its kind of ledger."""
     from peftkit.planning.shapes import NeedsValues
 
+    if run.backbone.quantization is not None:
+        from peftkit.backbones.quantized_layers import packed_bytes
     parts = block_modules(model, layout_for(_config(model).model_type))
     ledger.hold(tensor for tensor in (*model.parameters(), *model.buffers()))
+    quantised: list[Any] = [part for part in model.modules() if is_quantized(part)]
+    # scales are no parameters; the codes were counted with those
+    scales = sum(packed_bytes(part) - part.weight.nbytes for part in quantised)
+    codes = sum(part.in_features * part.out_features - part.weight.numel() for part in quantised)
+    ledger.live += scales
     weights, own = ledger.live, list(trained_parameters(model).values())
     if run.training.precision != "fp32":
         _autocast(model, PRECISIONS[run.training.precision])
-    kept, peaks = 0, {}
+    kept = 0
+    peaks: dict[str, int] = {}
     if run.method.trains:
         if run.training.gradient_checkpointing:
             checkpoint_activations(model)
@@ -169,7 +180,7 @@ def trace_model(ledger: Ledger, model: nn.Module, run: Run, work: Workload) -> T
         weights=weights,
         trained=sum(one.nbytes for one in own),
         trained_parameters=sum(one.numel() for one in own),
-        parameters=sum(one.numel() for one in model.parameters()),
+        parameters=sum(one.numel() for one in model.parameters()) + codes,
         largest_trained=max((one.numel() for one in own), default=0),
         kept=kept,
         peaks=peaks,

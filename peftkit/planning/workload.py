@@ -66,7 +66,8 @@ def from_data(run: Run, data: Prepared, processes: int, weigh: Weigh) -> Workloa
     steps = training.total_steps(len(examples)) if run.method.trains else 0
     seen = min(max(steps, 1), MOST_STEPS, PASSES * training.steps_per_epoch(len(examples)))
     ahead = batches.steps(lengths, training.batch_size, training.seed, training.group_by_length)
-    best, chosen, tokens, parts_seen = -1.0, ((), ()), 0, 0
+    best, tokens, parts_seen = -1.0, 0, 0
+    chosen: tuple[tuple[int, ...], ...] = ()
     for _, batch in itertools.islice(ahead, seen):
         parts = batches.micro_batches(batch, lengths, training.micro_batch_size, processes, 0)
         parts_seen += len(parts)

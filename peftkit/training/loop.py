@@ -20,7 +20,7 @@ from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
 from peftkit.training import batches, checkpoint
 from peftkit.training.checkpoint import Checkpoints, Progress
-from peftkit.training.meter import Meter, memory_growth_bytes, peak_memory_bytes
+from peftkit.training.meter import EXPECTED, Meter, memory_growth_bytes, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.regularise import make_objective
 from peftkit.training.tracking import Log, learning_curve
@@ -47,6 +47,8 @@ class TrainRecord:
     trainable_parameters: int = 0
     memory_growth_bytes: int | None = None
     """What of the peak came with the model, its training and evaluation; None where that cannot be told."""
+    expected_memory_bytes: int | None = None
+    """What `peftkit plan` expects of the same; None where it expects nothing."""
     losses: tuple[float, ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
 
@@ -265,6 +267,8 @@ class _Loop:
         if accelerator.is_main_process:
             learning_curve(progress, self.task_on_dev.headline, self.folder)
         self.model.eval()
+        growth = memory_growth_bytes(self.model, accelerator.device.type)
+        self.log.write(progress.step, {"memory_growth_bytes": growth, EXPECTED: getattr(self.model, EXPECTED, None)})
         return TrainRecord(
             steps=progress.step,
             best_step=progress.best_step if keep_best else progress.step,
@@ -272,7 +276,8 @@ class _Loop:
             tokens=self.meter.tokens,
             tokens_per_second=self.meter.tokens / max(self.meter.seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(accelerator.device.type),
-            memory_growth_bytes=memory_growth_bytes(self.model, accelerator.device.type),
+            memory_growth_bytes=growth,
+            expected_memory_bytes=getattr(self.model, EXPECTED, None),
             trainable_parameters=sum(map(numel, trained_parameters(self.model).values())),
             total_parameters=sum(map(numel, self.model.parameters())),
             processes=accelerator.num_processes,

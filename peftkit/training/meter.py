@@ -13,6 +13,8 @@ from peftkit.memory import peak_resident_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+EXPECTED = "expected_memory_bytes"
+"""The attribute of an attached model that holds what its training was expected to take."""
 LINES = 10
 """Progress lines of a run whose output is not a terminal."""
 
