@@ -32,7 +32,6 @@ RUNS: dict[str, tuple[str, ...]] = {
         "reuters_r8_lora", *SHORT, *LONG, "backbone.dtype=bfloat16", "training.precision=bf16",
     ),
     "DoRA, long": ("reuters_r8_lora", *SHORT, *LONG, "method.variant=dora"),
-    "bottleneck": ("reuters_r8_bottleneck", *SHORT),
     "prefix": ("reuters_r8_prefix", *SHORT),
     "full": ("reuters_r8_full", *SHORT),
     "head": ("reuters_r8_head", *SHORT),
@@ -41,24 +40,21 @@ RUNS: dict[str, tuple[str, ...]] = {
         "wikitext2_lora", *SHORT, "task.max_length=128", "training.batch_size=4", "training.micro_batch_size=2",
         "training.evaluation_batch_size=4",
     ),
-    "causal LoRA, mostly evaluation": (
-        "wikitext2_lora", *SHORT, "task.max_length=128", "training.batch_size=2", "training.micro_batch_size=1",
-        "training.evaluation_batch_size=32",
-    ),
 }  # fmt: skip
 
 
-def predict() -> None:
-    """Plan every run."""
+def predict(names: list[str]) -> None:
+    """Plan every run, or those that are named."""
     from peftkit.config import load_run
     from peftkit.planning.plan import plan as plan_run
 
-    found = {}
-    for name, (config, *overrides) in RUNS.items():
-        plan = plan_run(load_run(CONFIGS / f"{config}.yaml", overrides)).as_dict()
+    for name in names or RUNS:
+        config, *overrides = RUNS[name]
+        plan = plan_run(load_run(CONFIGS / f"{config}.yaml", overrides), alone=True).as_dict()
+        found = json.loads(PREDICTIONS.read_text()) if PREDICTIONS.exists() else {}
         found[name] = {"config": config, "overrides": overrides} | plan
+        PREDICTIONS.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name:32} {plan['peak_bytes'] / 2**20:8.0f} MiB  {plan['seconds']:.0f} s", flush=True)
-    PREDICTIONS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def measure(names: list[str]) -> None:
@@ -117,6 +113,6 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.time()
     verb, *rest = sys.argv[1:]
-    {"predict": lambda _: predict(), "measure": measure, "one": one}[verb](rest)
+    {"predict": predict, "measure": measure, "one": one}[verb](rest)
     if verb != "one":
         print(f"{time.time() - started:.0f} s")

@@ -111,6 +111,7 @@ def plan(
     processes: int | None = None,
     memory: str | None = None,
     compare: Sequence[str] = (),
+    alone: bool = False,
 ) -> Plan:
     """What `run` will hold and take, on this machine or on GPUs by name.
 
@@ -119,6 +120,7 @@ def plan(
         sharding: `ddp` or `fsdp2`; default: `ddp` on several devices.
         processes: default: one a GPU, and one on a CPU.
         memory: the limit, such as `24GiB`; default: what the machine has.
+        alone: leave the other choice of gradient checkpointing out.
         compare: methods in the words of `peftkit params`, or presets such as `qlora`.
 
     Raises:
@@ -141,7 +143,7 @@ def plan(
     return Plan(
         run=run,
         estimate=now,
-        checkpointed=planner.if_possible(other, how) if other else None,
+        checkpointed=planner.if_possible(other, how) if other and not alone else None,
         change=None if now.fits else cheapest(run, now, planner.if_possible, how),
         alternatives=tuple(_alternative(planner, name, variant, how) for name, variant in variants),
     )
