@@ -61,7 +61,6 @@ def measure(names: list[str]) -> None:
     """Take every run's steps, and compare."""
     from peftkit.environment import describe
 
-    found = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() and names else {}
     for name, plan in json.loads(PREDICTIONS.read_text()).items():
         if names and name not in names:
             continue
@@ -71,16 +70,16 @@ def measure(names: list[str]) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr}")
-        found[name] = compared(plan, json.loads(done.stdout.splitlines()[-1]))
-        row = found[name]
-        print(
-            f"{name:32} {row['predicted_mib']:8.0f} {row['measured_mib']:8.0f}  {row['error_percent']:+.1f} %",
-            flush=True,
-        )
-        command_line = "python benchmarks/plan.py measure"
-        RESULTS.write_text(
-            json.dumps({"command": command_line, "environment": describe(), "runs": found}, indent=1) + "\n"
-        )
+        row = compared(plan, json.loads(done.stdout.splitlines()[-1]))
+        shown = f"{row['predicted_mib']:8.0f} {row['measured_mib']:8.0f}  {row['error_percent']:+.1f} %"
+        print(f"{name:32} {shown}", flush=True)
+        found = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+        figures = {
+            "command": "python benchmarks/plan.py measure",
+            "environment": describe(),
+            "runs": found | {name: row},
+        }
+        RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def compared(plan: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
