@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +111,36 @@ def test_a_language_model_holds_its_logits(
     assert figures(traced(run, data.head, work)) == figures(real)
 
 
+def test_a_block_of_bert_keeps_what_its_equations_need(write_config: WriteConfig) -> None:
+    """Of T tokens: the block's input; q, k, v; what attention gives, with a sum for each head; both sums that are
+    normalised, with mean and deviation; the first normalised one; the FFN's inner values before and after GELU."""
+    run = load_run(write_config(method=METHODS["full"]))
+    data, work = planned(run)
+    two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
+    rows, longest = work.shape
+    hidden, inner, heads = 32, 64, 4
+    numbers = hidden + 3 * hidden + (hidden + heads) + 2 * (hidden + 2) + hidden + 2 * inner
+    assert three.kept - two.kept == 4 * rows * longest * numbers
+
+
+def test_a_block_of_llama_keeps_what_its_equations_need(
+    tmp_path: Path, tiny_llama: Path, write_config: WriteConfig
+) -> None:
+    """Of T tokens: twice a norm's input, its scale, the scaled and the weighted one; q, k, v after rotation; what
+    attention gives, with a sum for each head; gate, SiLU of it, up, and their product. Queries are not grouped."""
+    folder = tmp_path / "llama"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = load_run(configured(write_config, **completion(tmp_path, folder, method=METHODS["full"])))
+    data, work = planned(run)
+    two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
+    rows, longest = work.shape
+    hidden, inner, heads = 32, 64, 4
+    numbers = 2 * (3 * hidden + 1) + 3 * hidden + (hidden + heads) + 4 * inner
+    assert three.kept - two.kept == 4 * rows * longest * numbers
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_packed_weights_take_their_codes_and_scales(kind: str, write_config: WriteConfig, tiny_bert: Path) -> None:
     from peftkit.backbones.load import load
@@ -121,12 +152,11 @@ def test_packed_weights_take_their_codes_and_scales(kind: str, write_config: Wri
     data, work = planned(run)
     loaded = load(run.backbone, data.head)
     codes: Any = packed(loaded.model)
-    rest = sum(p.nbytes for p in loaded.model.parameters() if p.dtype not in (torch.uint8, torch.int8))
-    before = rest + codes.bytes + sum(b.nbytes for n, b in loaded.model.named_buffers() if not n.endswith("scales"))
     model = run.method.attach(loaded, 100)
-    adapters = sum(p.nbytes for name, p in trained_parameters(model).items() if "lora_" in name)
+    plain = [p for p in model.parameters() if p.dtype not in (torch.uint8, torch.int8)]
+    plain += [one for name, one in model.named_buffers() if not name.endswith("scales")]
     trace = traced(run, data.head, work)
-    assert trace.weights == before + adapters
+    assert trace.weights == codes.bytes + sum(one.nbytes for one in plain)
     real = trace_model(Ledger(), model, run, work)
     assert abs(trace.peak - real.peak) < 0.02 * real.peak
 

@@ -157,8 +157,8 @@ def trace_model(ledger: Ledger, model: nn.Module, run: Run, work: Workload) -> T
     parts = block_modules(model, layout_for(_config(model).model_type))
     ledger.hold(tensor for tensor in (*model.parameters(), *model.buffers()))
     quantised: list[Any] = [part for part in model.modules() if is_quantized(part)]
-    # scales are no parameters; the codes were counted with those
-    scales = sum(packed_bytes(part) - part.weight.nbytes for part in quantised)
+    # what codes are scaled by is no parameter, and with 8 bits a buffer, which was counted
+    scales = sum(packed_bytes(part) - part.weight.nbytes - _buffers(part) for part in quantised)
     codes = sum(part.in_features * part.out_features - part.weight.numel() for part in quantised)
     ledger.live += scales
     weights, own = ledger.live, list(trained_parameters(model).values())
@@ -272,6 +272,10 @@ def _autocast(model: Any, dtype: str) -> None:
 
     forward = torch.autocast("cpu", getattr(torch, dtype))(model.forward)
     model.forward = convert_outputs_to_fp32(forward)
+
+
+def _buffers(module: nn.Module) -> int:
+    return sum(one.nbytes for one in module.buffers(recurse=False))
 
 
 @contextlib.contextmanager
