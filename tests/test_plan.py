@@ -112,14 +112,14 @@ def test_a_language_model_holds_its_logits(
 
 
 def test_a_block_of_bert_keeps_what_its_equations_need(write_config: WriteConfig) -> None:
-    """Of T tokens: the block's input; q, k, v; what attention gives, with a sum for each head; both sums that are
-    normalised, with mean and deviation; the first normalised one; the FFN's inner values before and after GELU."""
+    """Of T tokens: the block's input; q, k, v; what attention gives, with a sum for each head, and its mask in float32;
+    both sums that are normalised, with mean and deviation; the first normalised one; the FFN's inner values before and after GELU."""
     run = load_run(write_config(method=METHODS["full"]))
     data, work = planned(run)
     two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
     rows, longest = work.shape
     hidden, inner, heads = 32, 64, 4
-    numbers = hidden + 3 * hidden + (hidden + heads) + 2 * (hidden + 2) + hidden + 2 * inner
+    numbers = hidden + 3 * hidden + (hidden + heads + longest) + 2 * (hidden + 2) + hidden + 2 * inner
     assert three.kept - two.kept == 4 * rows * longest * numbers
 
 
@@ -127,7 +127,8 @@ def test_a_block_of_llama_keeps_what_its_equations_need(
     tmp_path: Path, tiny_llama: Path, write_config: WriteConfig
 ) -> None:
     """Of T tokens: twice a norm's input, its scale, the scaled and the weighted one; q, k, v after rotation; what
-    attention gives, with a sum for each head; gate, SiLU of it, up, and their product. Queries are not grouped."""
+    attention gives, with a sum for each head, and its mask in float32; gate, SiLU of it, up, and their product.
+    Queries are not grouped."""
     folder = tmp_path / "llama"
     shutil.copytree(tiny_llama, folder)
     config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 4}
@@ -137,7 +138,7 @@ def test_a_block_of_llama_keeps_what_its_equations_need(
     two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
     rows, longest = work.shape
     hidden, inner, heads = 32, 64, 4
-    numbers = 2 * (3 * hidden + 1) + 3 * hidden + (hidden + heads) + 4 * inner
+    numbers = 2 * (3 * hidden + 1) + 3 * hidden + (hidden + heads + longest) + 4 * inner
     assert three.kept - two.kept == 4 * rows * longest * numbers
 
 
