@@ -11,6 +11,7 @@ from typing import Any
 
 from peftkit.console import Parser, guard, say
 from peftkit.errors import ConfigError, UsageError
+from peftkit.planning.command import add_plan_options
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -122,19 +123,9 @@ def params(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    from peftkit.config import load_run
-    from peftkit.planning.plan import plan as plan_run
-    from peftkit.planning.show import shown
+    from peftkit.planning.command import answer
 
-    found = plan_run(
-        load_run(options.config, options.overrides),
-        on=options.gpus,
-        sharding=options.accelerate,
-        processes=options.processes,
-        memory=options.memory,
-        compare=[name for name in (options.compare or "").split(",") if name],
-    )
-    print(json.dumps(found.as_dict(), indent=2) if options.json else shown(found))
+    say(answer(options))
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -287,12 +278,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     one = verb("plan", plan, "Memory, steps and time of a run, and what makes it fit, before a weight is loaded.")
     one.add_argument("config", type=Path, metavar="CONFIG")
     one.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="win over the file")
-    one.add_argument("--gpus", metavar="[N×]NAME", help="plan for these, such as 4xA100-80GB (default: this machine)")
-    one.add_argument("--accelerate", choices=("ddp", "fsdp2"), help="how several processes share the work")
-    one.add_argument("--processes", type=_positive, metavar="N", help="default: one a GPU; one on a CPU")
-    one.add_argument("--memory", metavar="SIZE", help="what a process may take, such as 24GiB")
-    one.add_argument("--compare", metavar="METHOD,…", help="the same run with these methods, such as lora,qlora,full")
-    one.add_argument("--json", action="store_true")
+    add_plan_options(one)
 
     one = verb("fetch", fetch, "Get bundled backbones and data sets ahead of time; without a name, list them.")
     one.add_argument("names", nargs="*", default=[], metavar="NAME")

@@ -113,7 +113,8 @@ def test_a_language_model_holds_its_logits(
 
 def test_a_block_of_bert_keeps_what_its_equations_need(write_config: WriteConfig) -> None:
     """Of T tokens: the block's input; q, k, v; what attention gives, with a sum for each head, and its mask in float32;
-    both sums that are normalised, with mean and deviation; the first normalised one; the FFN's inner values before and after GELU."""
+    both sums that are normalised, with mean and deviation; the first normalised one; the FFN's inner values before and
+    after GELU."""
     run = load_run(write_config(method=METHODS["full"]))
     data, work = planned(run)
     two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
@@ -232,6 +233,7 @@ def test_gpus_are_read_in_the_ways_people_write_them() -> None:
         (["--gpus", "0xT4"], "--gpus"),
         (["--memory", "lots"], "--memory"),
         (["--memory", "0GiB"], "--memory"),
+        (["--processes", "0"], "--processes"),
         (["--compare", "lora,nonsense"], "nonsense"),
     ],
 )

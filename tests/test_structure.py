@@ -45,6 +45,7 @@ LAYERS = (
         "peftkit.disk",
         "peftkit.environment",
         "peftkit.memory",
+        "peftkit.tensor_files",
     ),
 )
 STRANGERS = {("peftkit.methods", "peftkit.tasks"), ("peftkit.tasks", "peftkit.methods")}

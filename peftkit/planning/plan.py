@@ -129,6 +129,8 @@ def plan(
     """
     limit = memory_size(memory) if memory else None
     machine = gpus(on) if on else this_machine()
+    if processes is not None and processes < 1:
+        raise UsageError(f"--processes: {processes} is not a positive number")
     if processes:
         machine = replace(machine, count=processes)
     if sharding is not None and sharding not in SHARDING:
