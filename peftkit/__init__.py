@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peftkit.artifacts.store import load_run
     from peftkit.backbones.bundled import fetch
     from peftkit.backbones.load import BackboneSettings as Backbone
-    from peftkit.backbones.quantization import EightBit, FourBit
+    from peftkit.backbones.quantization import FP4, NF4, Int8
     from peftkit.config import OutputSettings as Output
     from peftkit.config import Run, read_run
     from peftkit.config import TrainingSettings as Training
@@ -61,14 +61,15 @@ _HOMES = {
     "Chat": ("peftkit.tasks", "Chat"),
     "Completion": ("peftkit.tasks", "Completion"),
     "Data": ("peftkit.data.sources", "DataSettings"),
-    "EightBit": ("peftkit.backbones.quantization", "EightBit"),
-    "FourBit": ("peftkit.backbones.quantization", "FourBit"),
+    "Int8": ("peftkit.backbones.quantization", "Int8"),
+    "FP4": ("peftkit.backbones.quantization", "FP4"),
     "Full": ("peftkit.methods", "Full"),
     "Generation": ("peftkit.tasks.generation", "Generation"),
     "HeadOnly": ("peftkit.methods", "HeadOnly"),
     "IA3": ("peftkit.methods", "IA3"),
     "LabelWords": ("peftkit.tasks", "LabelWords"),
     "LayerNorm": ("peftkit.methods", "LayerNorm"),
+    "NF4": ("peftkit.backbones.quantization", "NF4"),
     "LoRA": ("peftkit.methods", "LoRA"),
     "Output": ("peftkit.config", "OutputSettings"),
     "PTuning": ("peftkit.methods", "PTuning"),
@@ -100,7 +101,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "FP4",
     "IA3",
+    "NF4",
     "AdaLoRA",
     "Backbone",
     "BitFit",
@@ -108,11 +111,10 @@ __all__ = [
     "Chat",
     "Completion",
     "Data",
-    "EightBit",
-    "FourBit",
     "Full",
     "Generation",
     "HeadOnly",
+    "Int8",
     "LabelWords",
     "LayerNorm",
     "LoRA",

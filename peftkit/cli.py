@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from peftkit.arguments import parsers
 from peftkit.console import Parser, guard, say
 from peftkit.errors import ConfigError, UsageError
-
-Command = Callable[[argparse.Namespace], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,6 +125,12 @@ def params(options: argparse.Namespace) -> None:
         print(counts_csv(answers) if options.csv else counts_table(answers), end="" if options.csv else "\n")
 
 
+def plan(options: argparse.Namespace) -> None:
+    from peftkit.planning.command import answer
+
+    say(answer(options))
+
+
 def fetch(options: argparse.Namespace) -> None:
     from peftkit.backbones import bundled
     from peftkit.report import table
@@ -193,12 +197,6 @@ def _allowing(run: Any, names: Sequence[str]) -> Any:
     return run.model_copy(update={"audit": run.audit.model_copy(update={"allow": allow})})
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
-
-
 def _run(arguments: list[str]) -> None:
     parser, verbs = _parsers()
     if not arguments or arguments[0] not in verbs:
@@ -214,82 +212,9 @@ def _run(arguments: list[str]) -> None:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
-    from peftkit.launch_options import add_launch_options
-
-    parser = Parser(prog="peftkit", description="Parameter-efficient fine-tuning you can check.")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    def verb(name: str, command: Command, summary: str) -> Parser:
-        one = verbs.add_parser(name, help=summary, description=summary)
-        one.set_defaults(command=command)
-        return one
-
-    for name, command, summary in (
-        ("train", train, "Train, evaluate and save the run that a configuration describes."),
-        ("launch", launch, "Train over several processes: check the run, then start it through `accelerate launch`."),
-        ("audit", audit, "Look through the data of a run for faults, each with file and line."),
-        ("validate", validate, "Check a configuration: every problem at once, with file and line."),
-    ):
-        one = verb(name, command, summary)
-        one.add_argument("config", type=Path, metavar="CONFIG")
-        one.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="win over the file")
-        if name != "validate":
-            one.add_argument("--allow", action="append", default=[], metavar="NAME", help="let this finding through")
-        if name == "launch":
-            add_launch_options(one)
-        if name == "audit":
-            one.add_argument("--json", action="store_true")
-            one.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with charts too")
-
-    others: Any = {"action": "append", "type": Path, "default": [], "metavar": "RUN2", "dest": "others"}
-    others["help"] = "another run of the same task; the mean of all is what counts (as often as there are runs)"
-    one = verb("evaluate", evaluate, "Score a saved run on its test split, or on any file with its columns.")
-    one.add_argument("run", type=Path, metavar="RUN")
-    one.add_argument("--with", **others)
-    one.add_argument("--data", type=Path, metavar="FILE")
-    one.add_argument("--json", action="store_true")
-
-    one = verb("predict", predict, "Labels and probabilities for texts, a file, or stdin; one JSON object a line.")
-    one.add_argument("run", type=Path, metavar="RUN")
-    one.add_argument("--with", **others)
-    one.add_argument("texts", nargs="*", default=[], metavar="TEXT")
-    one.add_argument("--text-pair", action="append", metavar="TEXT", help="the second text, once for each TEXT")
-    one.add_argument("--file", type=Path, help="a table with the run's columns, or one text a line (.txt)")
-
-    one = verb("merge", merge, "Write a run as one plain transformers model, read it back and compare.")
-    one.add_argument("run", type=Path, metavar="RUN")
-    one.add_argument("target", type=Path, metavar="OUT")
-    one.add_argument("--data", type=Path, metavar="FILE", help="rows to compare on (default: the test split)")
-    one.add_argument(
-        "--probe-rows", type=_positive, metavar="N", help="compare on the first N test rows (default: all)"
-    )
-
-    one = verb("params", params, "Exact parameter counts of methods on a backbone, from its configuration alone.")
-    one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")
-    which = one.add_mutually_exclusive_group(required=True)
-    which.add_argument("--method", action="append", metavar="KIND[:key=value,…]")
-    which.add_argument("--all", action="store_true", help="every published method, at its paper's setting")
-    one.add_argument(
-        "--budget", metavar="N", help="find the rank, size or length that trains N parameters beside the head"
-    )
-    one.add_argument("--task", metavar="KIND", help="put this task's head on; without it there is no head")
-    one.add_argument("--labels", type=int, default=2, metavar="N", help="outputs of the head (default: 2)")
-    form = one.add_mutually_exclusive_group()
-    form.add_argument("--csv", action="store_true")
-    form.add_argument("--json", action="store_true")
-    one.add_argument("--chart", type=Path, metavar="FILE", help="draw what trains, as .png, .svg or .pdf")
-
-    one = verb("fetch", fetch, "Get bundled backbones and data sets ahead of time; without a name, list them.")
-    one.add_argument("names", nargs="*", default=[], metavar="NAME")
-    one.add_argument("--list", action="store_true", help="list what there is")
-
-    verb("ls", list_recipes, "List the recipes and configurations that come with peftkit.")
-    one = verb("cp", copy_config, "Copy a shipped recipe or configuration here, to edit it.")
-    one.add_argument("name", metavar="NAME")
-    one.add_argument("target", type=Path, nargs="?", metavar="FILE")
-    verb("schema", schema, "Print the JSON Schema of configurations, for editors.")
-    verb("env", environment, "Print versions and devices, for bug reports.")
-    return parser, verbs.choices
+    commands = (train, launch, audit, validate, evaluate, predict, merge, params, plan, fetch, schema)
+    named = {command.__name__: command for command in commands}
+    return parsers(named | {"ls": list_recipes, "cp": copy_config, "env": environment})
 
 
 if __name__ == "__main__":

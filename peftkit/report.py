@@ -14,6 +14,8 @@ from peftkit.config import Run
 from peftkit.console import say
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import numel, trained_parameters
+from peftkit.planning.announced import expect_memory
+from peftkit.planning.estimate import in_gib
 from peftkit.session import run_folder
 from peftkit.tasks.base import Scores
 from peftkit.training.optimizer import is_unpaged
@@ -52,6 +54,7 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
         f"training  {steps:,} steps of {run.training.batch_size} examples, {run.training.precision}, "
         f"{processes} on {_device(accelerator)}, seed {run.training.seed}"
     )
+    say(f"memory    {expect_memory(run, data, model, accelerator)}")
     if is_unpaged(run.training.optimizer):
         say("          optimizer paged_adamw is adamw here: there is no GPU memory to page")
 
@@ -91,6 +94,9 @@ def report(run: Run, record: TrainRecord, evaluations: Mapping[str, Evaluation])
         f"{record.steps:,} steps (best: {record.best_step:,}) in {record.seconds:.1f} s, "
         f"{record.tokens_per_second:,.0f} tokens/s, peak memory {record.peak_memory_bytes / 2**30:.2f} GiB"
     )
+    if record.memory_growth_bytes is not None and record.expected_memory_bytes is not None:
+        expected, took = record.expected_memory_bytes, record.memory_growth_bytes
+        say(f"memory of model, training and evaluation: {in_gib(took)}, of {in_gib(expected)} expected at most")
     saved = saved_parameters(run_folder(run) / run.method.artifact)
     fewer = f" of the {record.trainable_parameters:,} that trained" if saved < record.trainable_parameters else ""
     say(f"saved to {run.output.folder}: {saved:,} parameters{fewer}")

@@ -308,7 +308,7 @@ def test_an_interrupted_training_goes_on_where_it_was(write_config: Callable[...
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda file: file.stem)
 def test_a_recipe_refuses_the_configuration_of_another_method(recipe: Path) -> None:
-    takes_lora = recipe.stem in ("lora", "from_peft")
+    takes_lora = recipe.stem in ("lora", "qlora", "from_peft")
     other = RECIPES / "configs" / ("sst2_full.yaml" if takes_lora else "sst2_lora.yaml")
     done = python(recipe, "--config", other)
     assert (done.returncode, done.stdout) == (2, "")

@@ -33,7 +33,7 @@ from peftkit.api import attach
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.load import BackboneSettings, Head, load, wrap
 from peftkit.backbones.modules import head_modules
-from peftkit.backbones.quantization import EightBit
+from peftkit.backbones.quantization import Int8
 from peftkit.backbones.quantize import quantize
 from peftkit.cli import main
 from peftkit.errors import MethodError
@@ -311,7 +311,7 @@ class TestRefused:
 
     def test_what_is_inside_quantised_layers(self) -> None:
         model = made("bert")
-        quantize(model, layout_for("bert"), EightBit(kind="int8"))
+        quantize(model, layout_for("bert"), Int8())
         with pytest.raises(MethodError, match=r"'top_layers' cannot train '.*query\.weight', which is quantised"):
             attach(copy.deepcopy(model), TopLayers(layers=1))
         for method in (BitFit(), LayerNorm()):

@@ -20,7 +20,7 @@ import peftkit
 from peftkit.artifacts.store import load_run
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import wrap
-from peftkit.backbones.quantization import EightBit, FourBit, Quantization
+from peftkit.backbones.quantization import FP4, NF4, FourBit, Int8, Quantization
 from peftkit.backbones.quantize import dequantize, packed, quantize
 from peftkit.backbones.quantized_layers import FourBitLinear, pack
 from peftkit.cli import main
@@ -29,13 +29,13 @@ from peftkit.errors import BackboneError
 WriteConfig = Callable[..., Path]
 CPU = torch.device("cpu")
 # the quantiles of the normal distribution that QLoRA's appendix E prints, and the values that fp4's bits spell out
-NF4 = [
+NF4_CODES = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
-FP4 = [sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
-CODES = {"nf4": NF4, "fp4": FP4}
+FP4_CODES = [sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+CODES = {"nf4": NF4_CODES, "fp4": FP4_CODES}
 
 
 def exact(weight: Tensor, codes: list[float], block: int) -> Tensor:
@@ -65,7 +65,7 @@ def test_double_quantisation_moves_magnitudes_by_less_than_a_step_of_eight_bits(
     torch.manual_seed(0)
     plain = nn.Linear(512, 256)
     once, twice = (
-        pack("one", plain, FourBit(kind="nf4", double=double, compute_dtype="float32"), CPU).unpacked(torch.float32)  # type: ignore[operator]
+        pack("one", plain, NF4(double=double, compute_dtype="float32"), CPU).unpacked(torch.float32)  # type: ignore[operator]
         for double in (False, True)
     )
     largest = plain.weight.detach().view(-1, 64).abs().amax(1)
@@ -76,7 +76,7 @@ def test_int8_rounds_to_a_127th_of_the_largest_of_a_row() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(48, 24)
     plain.weight.data[3] = 0
-    layer: Any = pack("one", plain, EightBit(kind="int8", compute_dtype="float32"), CPU)
+    layer: Any = pack("one", plain, Int8(compute_dtype="float32"), CPU)
     step = plain.weight.double().abs().amax(1, keepdim=True) / 127
     expected = (plain.weight.double() / step.clamp_min(1e-30)).round() * step
     torch.testing.assert_close(layer.unpacked(torch.float32).double(), expected, rtol=1e-6, atol=1e-7)
@@ -90,10 +90,10 @@ def test_int8_rounds_to_a_127th_of_the_largest_of_a_row() -> None:
     ("settings", "bits"),
     [
         # 4 bits a weight, and 32 for a block of 64; or 8 for a block and 32 for 256 blocks, as QLoRA counts
-        (FourBit(kind="nf4", double=False), 4 + 32 / 64),
-        (FourBit(kind="nf4"), 4 + 8 / 64 + 32 / (64 * 256)),
-        (FourBit(kind="fp4", block_size=128), 4 + 8 / 128 + 32 / (128 * 256)),
-        (EightBit(kind="int8"), 8 + 32 / 512),
+        (NF4(double=False), 4 + 32 / 64),
+        (NF4(), 4 + 8 / 64 + 32 / (64 * 256)),
+        (FP4(block_size=128), 4 + 8 / 128 + 32 / (128 * 256)),
+        (Int8(), 8 + 32 / 512),
     ],
     ids=str,
 )
@@ -125,7 +125,7 @@ class Frozen(nn.Module):
         self.packed.load_state_dict(plain.state_dict())
         self.packed.to("cpu")
         if ours:
-            self.packed = pack("one", plain, FourBit(kind="nf4", compute_dtype="float32"), CPU)
+            self.packed = pack("one", plain, NF4(compute_dtype="float32"), CPU)
         self.packed.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,13 +219,13 @@ def test_rows_that_blocks_do_not_fit_stock_fails_peftkit_refuses() -> None:
     weight = torch.randn(96, 48)
     codes, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
     wrong = bitsandbytes.functional.dequantize_4bit(codes, state)
-    assert float((wrong - weight).abs().mean()) > 2 * float((exact(weight, NF4, 32) - weight).abs().mean())
+    assert float((wrong - weight).abs().mean()) > 2 * float((exact(weight, NF4_CODES, 32) - weight).abs().mean())
     plain = nn.Linear(48, 96)
     with pytest.raises(BackboneError, match=r"blocks of 32 weights do not fit the 48 inputs of 'one'.*use int8"):
-        pack("one", plain, FourBit(kind="nf4", block_size=32), CPU)
+        pack("one", plain, NF4(block_size=32), CPU)
     wide = nn.Linear(192, 4)
     with pytest.raises(BackboneError, match="use 64 or less"):
-        pack("one", wide, FourBit(kind="nf4", block_size=128), CPU)
+        pack("one", wide, NF4(block_size=128), CPU)
 
 
 @needs_repacking
@@ -267,7 +267,7 @@ def stock_bert(width: int) -> Any:
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize(
     "settings",
-    [FourBit(kind="nf4", block_size=32, compute_dtype="float32"), EightBit(kind="int8", compute_dtype="float32")],
+    [NF4(block_size=32, compute_dtype="float32"), Int8(compute_dtype="float32")],
     ids=lambda one: one.kind,
 )
 def test_every_architecture_computes_with_the_values_of_its_codes(architecture: str, settings: Quantization) -> None:
@@ -292,7 +292,7 @@ def test_every_architecture_computes_with_the_values_of_its_codes(architecture: 
 def test_heads_and_embeddings_stay_whole(architecture: str) -> None:
     torch.manual_seed(0)
     model: Any = AutoModelForSequenceClassification.from_config(tiny_config(architecture))
-    quantize(model, layout_for(architecture, model), EightBit(kind="int8"))
+    quantize(model, layout_for(architecture, model), Int8())
     whole = {name for name, part in model.named_modules() if type(part) is nn.Linear}
     heads = {name for name in whole if not any(character.isdigit() for character in name)}
     assert heads
@@ -399,7 +399,7 @@ def test_going_on_from_another_quantisation_is_refused(
 
 
 def test_from_python(tiny_bert: Path, toy_data: Path, tmp_path: Path) -> None:
-    quantization = peftkit.FourBit(kind="nf4", block_size=32)
+    quantization = peftkit.NF4(block_size=32)
     rows = [json.loads(line) for line in (toy_data / "sentiment_train.jsonl").read_text().splitlines()]
     run = peftkit.Run(
         backbone=peftkit.Backbone(name=str(tiny_bert), quantization=quantization),
@@ -475,4 +475,4 @@ def test_a_checkpoint_that_was_quantised_before_is_refused(
 def test_the_contracts_checkpoints_fit_blocks_of_32(tmp_path: Path) -> None:
     place = Place("llama", SEQUENCE)
     model = AutoModelForSequenceClassification.from_pretrained(save_checkpoint(place, tmp_path))
-    assert quantize(model, wrap(model).layout, FourBit(kind="nf4", block_size=32))
+    assert quantize(model, wrap(model).layout, NF4(block_size=32))

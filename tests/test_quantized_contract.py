@@ -9,17 +9,17 @@ from architectures import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Place, on_meta, save
 from contract import TASK, Reloader, attached, check_cell
 from contract_variants import VARIANTS, Variant
 
-from peftkit.backbones.quantization import EightBit, FourBit
+from peftkit.backbones.quantization import FP4, NF4, Int8
 
-NF4 = FourBit(kind="nf4", block_size=32, compute_dtype="float32")
-FP4 = FourBit(kind="fp4", block_size=32, double=False, storage_dtype="bfloat16", compute_dtype="float32")
-INT8 = EightBit(kind="int8", compute_dtype="float32")
+IN_NF4 = NF4(block_size=32, compute_dtype="float32")
+IN_FP4 = FP4(block_size=32, double=False, storage_dtype="bfloat16", compute_dtype="float32")
+IN_INT8 = Int8(compute_dtype="float32")
 PLACES = (
-    Place("bert", SEQUENCE, NF4),
-    Place("llama", CAUSAL, NF4),
-    Place("gpt2", TOKEN, FP4),
-    Place("gpt_neox", SEQUENCE, INT8),
-    Place("t5", SEQ2SEQ, INT8),
+    Place("bert", SEQUENCE, IN_NF4),
+    Place("llama", CAUSAL, IN_NF4),
+    Place("gpt2", TOKEN, IN_FP4),
+    Place("gpt_neox", SEQUENCE, IN_INT8),
+    Place("t5", SEQ2SEQ, IN_INT8),
 )
 REFUSED = {"lora pissa", "lora olora dora", "lora mica", "peft loha", "peft lokr", "peft oft", "peft fourierft"}
 REFUSED |= {"lora orthogonal", "top_layers", "full"}
@@ -27,7 +27,7 @@ REFUSED |= {"lora orthogonal", "top_layers", "full"}
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda one: one.name)
 def test_what_reads_the_weights_is_refused_before_they_load(variant: Variant) -> None:
-    conflicts = variant.method.conflicts(task=TASK, dtype="float32", quantization=NF4, checkpointing=False)
+    conflicts = variant.method.conflicts(task=TASK, dtype="float32", quantization=IN_NF4, checkpointing=False)
     assert bool(conflicts) == (variant.name in REFUSED)
     for conflict in conflicts:
         assert "which nf4 does not allow; leave backbone.quantization out" in conflict

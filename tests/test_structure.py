@@ -18,6 +18,7 @@ LAYERS = (
     (
         "peftkit",
         "peftkit.cli",
+        "peftkit.arguments",
         "peftkit.launch",
         "peftkit.job",
         "peftkit.launch_options",
@@ -48,7 +49,16 @@ LAYERS = (
         "peftkit.audit.settings",
     ),
     ("peftkit.config_file", "peftkit.shipped"),
-    ("peftkit.errors", "peftkit.schema", "peftkit.quiet", "peftkit.console", "peftkit.disk", "peftkit.environment"),
+    (
+        "peftkit.errors",
+        "peftkit.schema",
+        "peftkit.quiet",
+        "peftkit.console",
+        "peftkit.disk",
+        "peftkit.environment",
+        "peftkit.memory",
+        "peftkit.tensor_files",
+    ),
 )
 STRANGERS = {("peftkit.methods", "peftkit.tasks"), ("peftkit.tasks", "peftkit.methods")}
 HEAVY = {"torch", "peft", "transformers", "datasets", "evaluate", "accelerate", "bitsandbytes", "matplotlib"}
@@ -62,6 +72,8 @@ EARLY = {
     "peftkit.backbones.new_tokens": "subclasses nn.Module; imported when weights load or a task adds tokens",
     "peftkit.methods.bottleneck_layers": "subclasses nn.Module; imported when adapters are attached",
     "peftkit.methods.prefix_layers": "subclasses nn.Module; imported when a prefix is attached",
+    "peftkit.planning.ledger": "subclasses TorchDispatchMode; imported when a run is traced",
+    "peftkit.planning.shapes": "subclasses TorchDispatchMode; imported when a run is traced",
     "peftkit.metrics.classes": "subclasses evaluate.Metric; imported when scores are computed",
     "peftkit.metrics.regression": "subclasses evaluate.Metric; imported when scores are computed",
     "peftkit.metrics.spans": "subclasses evaluate.Metric; imported when scores are computed",

@@ -22,6 +22,7 @@ from peftkit.backbones.runs import resolved
 from peftkit.backbones.task_model import load_model, trained_heads
 from peftkit.disk import file_sha256
 from peftkit.errors import BackboneError, UsageError, first_line
+from peftkit.memory import reset_peak, resident_bytes
 from peftkit.schema import Section
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
+BEFORE = "resident_before_load"
+"""The attribute of a loaded model that holds the bytes that were resident in the process before it."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -109,6 +112,8 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     from peftkit.backbones.new_tokens import add_to_model
 
     folder = resolve(settings)
+    reset_peak()
+    before = resident_bytes()
     config = chosen_config(settings, folder)
     layout = layout_for(config.model_type)
     files = weight_files(folder)
@@ -122,6 +127,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     _pad_token(model, tokenizer)
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
+    setattr(model, BEFORE, before)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -240,7 +246,7 @@ def weights_sha256(files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
+def meta_model(config: PretrainedConfig, head: Head | None, dtype: str = "float32") -> nn.Module:
     """The model's shapes without its weights: parameters on the meta device. Without a head, the bare backbone."""
     import torch
     import transformers
@@ -250,7 +256,7 @@ def meta_model(config: PretrainedConfig, head: Head | None) -> nn.Module:
         head.configure(config)
     try:
         with torch.device("meta"):
-            model: nn.Module = auto.from_config(config)
+            model: nn.Module = auto.from_config(config, dtype=getattr(torch, dtype))
     except ValueError as error:
         raise BackboneError(f"'{config.model_type}' cannot serve this task: {first_line(error)}") from error
     if head and head.model_class == "AutoModelForCausalLM":

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftkit.backbones.quantization import EightBit, Quantization
+from peftkit.backbones.quantization import Int8, Quantization
 from peftkit.backbones.targets import block_linears
 from peftkit.errors import BackboneError, UsageError, first_line
 from peftkit.quiet import quiet_libraries
@@ -50,7 +50,7 @@ def quantize(model: nn.Module, layout: Layout, settings: Quantization) -> list[s
     for name in chosen:
         model.set_submodule(name, pack(name, model.get_submodule(name), settings, packing_device(model)))
     # peft asks the model, not the layers
-    setattr(model, f"is_loaded_in_{'8' if isinstance(settings, EightBit) else '4'}bit", True)
+    setattr(model, f"is_loaded_in_{'8' if isinstance(settings, Int8) else '4'}bit", True)
     return chosen
 
 

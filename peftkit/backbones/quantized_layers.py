@@ -17,7 +17,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftkit.backbones.quantization import EightBit, FourBit, Quantization
+from peftkit.backbones.quantization import FourBit, Int8, Quantization
 from peftkit.errors import BackboneError
 
 NESTED_BLOCK = 256
@@ -175,7 +175,7 @@ def packed_bytes(layer: FourBitLinear | EightBitLinear) -> int:
 def kind_of(layer: Any) -> str:
     """How a layer is packed, in words."""
     if isinstance(layer, EightBitLinear):
-        return str(EightBit(kind="int8"))
+        return str(Int8())
     state = layer.quant_state
     return str(FourBit(kind=state.quant_type, double=state.nested, block_size=state.blocksize))
 
@@ -263,7 +263,7 @@ def _magnitudes(state: Any) -> Tensor:
     return functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
-def _eight_bit(weight: Tensor, settings: EightBit) -> Any:
+def _eight_bit(weight: Tensor, settings: Int8) -> Any:
     if weight.is_meta:
         codes, scales = torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight), device="meta")
     else:

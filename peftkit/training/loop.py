@@ -17,9 +17,10 @@ from peftkit.prepare import Prepared
 from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
 from peftkit.training import batches, checkpoint
+from peftkit.training.activations import recompute_activations
 from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.gradients import gradients_of
-from peftkit.training.meter import Meter, peak_memory_bytes
+from peftkit.training.meter import EXPECTED, Meter, memory_growth_bytes, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.record import TrainRecord
 from peftkit.training.regularise import make_objective
@@ -75,7 +76,7 @@ class _Loop:
         by_epoch = settings.evaluate_every == "epoch"
         self.every = settings.steps_per_epoch(examples) if by_epoch else int(settings.evaluate_every)
         if settings.gradient_checkpointing:
-            _checkpoint_activations(model)
+            recompute_activations(model)
         place(model, accelerator)
         optimizer = make_optimizer(model, settings, run.method)
         # processes that hold shares of the model average its gradients by themselves
@@ -264,6 +265,8 @@ class _Loop:
         if accelerator.is_main_process:
             learning_curve(progress, self.task_on_dev.headline, self.folder)
         self.model.eval()
+        growth = memory_growth_bytes(self.model, accelerator.device.type)
+        self.log.write(progress.step, {"memory_growth_bytes": growth, EXPECTED: getattr(self.model, EXPECTED, None)})
         return TrainRecord(
             steps=progress.step,
             best_step=progress.best_step if keep_best else progress.step,
@@ -271,16 +274,11 @@ class _Loop:
             tokens=self.meter.tokens,
             tokens_per_second=self.meter.tokens / max(self.meter.seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(accelerator.device.type),
+            memory_growth_bytes=growth,
+            expected_memory_bytes=getattr(self.model, EXPECTED, None),
             trainable_parameters=sum(map(numel, trained_parameters(self.model).values())),
             total_parameters=sum(map(numel, self.model.parameters())),
             processes=accelerator.num_processes,
             losses=tuple(progress.losses),
             evaluations=tuple(progress.evaluations),
         )
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Compute activations again in the backward pass instead of keeping them."""
-    # transformers 5.23 renamed it
-    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from peftkit.backbones.load import BEFORE
+from peftkit.memory import peak_resident_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EXPECTED = "expected_memory_bytes"
+"""The attribute of an attached model that holds what its training was expected to take."""
 LINES = 10
 """Progress lines of a run whose output is not a terminal."""
 
@@ -82,14 +89,20 @@ class Meter:
 
 
 def peak_memory_bytes(device_type: str = "cpu") -> int:
-    """The most that this process has held: on a GPU allocated by torch, on a CPU resident."""
+    """The most held since a backbone began to load: on a GPU allocated by torch, on a CPU resident in this process."""
     if device_type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated())
-    # Linux counts in KiB, macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
+
+
+def memory_growth_bytes(model: nn.Module, device_type: str = "cpu") -> int | None:
+    """What of that came with the model, its training and its evaluation; None where the model was not loaded here."""
+    if device_type == "cuda":
+        return peak_memory_bytes(device_type)
+    before = getattr(model, BEFORE, None)
+    return None if before is None else max(0, peak_resident_bytes() - before)
 
 
 def _bar() -> Any:

@@ -19,5 +19,9 @@ class TrainRecord:
     tokens: int = 0
     tokens_per_second: float = 0.0
     trainable_parameters: int = 0
+    memory_growth_bytes: int | None = None
+    """What of the peak came with the model, its training and evaluation; None where that cannot be told."""
+    expected_memory_bytes: int | None = None
+    """What `peftkit plan` expects of the same; None where it expects nothing."""
     losses: tuple[float, ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
