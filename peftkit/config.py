@@ -52,6 +52,9 @@ class TrainingSettings(Section):
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
+    on_out_of_memory: Literal["stop", "split"] = "stop"
+    """`split`: take the step again with half as many examples in a micro-batch, which gives the same loss and gradient
+    and holds from then on; with one process only."""
     group_by_length: bool = False
     """Draw batches from examples of similar length, so that less padding is computed."""
     evaluate_every: Literal["epoch"] | PositiveInt = "epoch"

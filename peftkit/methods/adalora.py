@@ -161,6 +161,10 @@ class AdaLoRA(FromPeft):
     def skipped_step(self, model: nn.Module, step: int) -> None:
         _allocation(model).skip(step)
 
+    def may_stand_still(self, parameter: str) -> bool:
+        """Singular values start at zero, and those that are not kept are set to it."""
+        return ".lora_E" in parameter
+
     def figures(self, model: nn.Module) -> dict[str, float]:
         """Total rank, the budget that the schedule gives this step, and what `save` would write of the adapter."""
         allocation = _allocation(model)

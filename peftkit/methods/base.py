@@ -146,6 +146,10 @@ class Method(Section, ABC):
         """Called instead of `after_step` when the optimizer left a step out, as it does in fp16 after an overflow."""
         return
 
+    def may_stand_still(self, parameter: str) -> bool:
+        """Whether a parameter that trains may stay as it is without anything being wrong."""
+        return False
+
     def figures(self, model: nn.Module) -> dict[str, float]:
         """What the log shows of the method at every step."""
         return {}

@@ -43,6 +43,8 @@ class Progress:
     evaluations_without_gain: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    micro_batch_size: int | None = None
+    """Most examples in one forward pass, once memory did not suffice for what the settings say."""
 
 
 @dataclass

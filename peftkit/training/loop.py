@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Run, run_id
-from peftkit.data.collate import IGNORED, collate
+from peftkit.data.collate import collate
 from peftkit.disk import require_space
 from peftkit.errors import TrainingError, UsageError
 from peftkit.evaluation import evaluate
@@ -16,15 +16,18 @@ from peftkit.methods.base import numel, trained_parameters
 from peftkit.prepare import Prepared
 from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
-from peftkit.training import batches, checkpoint
+from peftkit.training import batches, checkpoint, diagnosis
 from peftkit.training.activations import recompute_activations
 from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.gradients import gradients_of
+from peftkit.training.health import Health
 from peftkit.training.meter import EXPECTED, Meter, memory_growth_bytes, peak_memory_bytes
 from peftkit.training.optimizer import make_optimizer, make_schedule
 from peftkit.training.record import TrainRecord
 from peftkit.training.regularise import make_objective
 from peftkit.training.sharding import is_sharded, place
+from peftkit.training.shortage import retried
+from peftkit.training.supervision import supervision
 from peftkit.training.tracking import Log, learning_curve
 from peftkit.training.watch import pace_of
 from peftkit.training.whole import whole
@@ -94,6 +97,7 @@ class _Loop:
         self.epoch = 0
         self.folder = run_folder(run)
         self.progress = Progress(run_id(run), data.fingerprint, accelerator.num_processes)
+        self.health = Health(model, run.method)
         states = {"optimizer": self.optimizer, "schedule": self.schedule}
         if accelerator.scaler is not None:
             states["scaler"] = accelerator.scaler
@@ -131,23 +135,38 @@ class _Loop:
         return self._finish()
 
     def _train_step(self, epoch: int, batch: Sequence[int]) -> None:
-        rate, self.epoch = self.schedule.get_last_lr()[0], epoch
-        loss = self._accumulate(batch)
-        norm = self._update()
+        rate, self.epoch = float(self.schedule.get_last_lr()[0]), epoch
+        loss = self._gradients(batch)
+        norm = self._update(rate)
         self.progress.step += 1
         self.progress.losses.append(loss)
         self.meter.step(sum(self.lengths[index] for index in batch), loss)
         figures = {"epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        if self.health.leaps(loss):
+            figures["leap"] = True
+            self.meter.say(f"step {self.progress.step:,}: the loss leapt to {loss:.4f}; see gradient_norm in log.jsonl")
         figures |= self.penalties | self.run.method.figures(self.model)
         speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1)}
         self.log.write(self.progress.step, figures | speed)
 
-    def _accumulate(self, batch: Sequence[int]) -> float:
+    def _gradients(self, batch: Sequence[int]) -> float:
+        """Gradients of a global batch, in micro-batches as small as memory asks for; returns its mean loss."""
+        progress, settings = self.progress, self.run.training
+        asked = progress.micro_batch_size or settings.micro_batch_size or len(batch)
+        loss, size = retried(
+            lambda size: self._accumulate(batch, size), asked, settings, self.optimizer.zero_grad, progress.step + 1
+        )
+        if size < asked:
+            progress.micro_batch_size = size
+            self.meter.say(f"step {progress.step + 1:,}: out of memory; micro-batches have {size} examples from now on")
+        return loss
+
+    def _accumulate(self, batch: Sequence[int], size: int) -> float:
         """Gradients of a global batch, over all processes; returns its mean loss."""
-        accelerator, size = self.accelerator, self.run.training.micro_batch_size
+        accelerator = self.accelerator
         processes = accelerator.num_processes
         parts = batches.micro_batches(batch, self.lengths, size, processes, accelerator.process_index)
-        weight = self._weight(batch)
+        weight = supervision(self.run.task, self.data, batch, self.progress.step + 1)
         total = self.class_weights.new_zeros(())
         for part, number in itertools.product(parts, range(self.objective.passes)):
             last = part is parts[-1] and number == self.objective.passes - 1
@@ -160,8 +179,14 @@ class _Loop:
             total += loss.detach()
         self.gradients.complete()
         mean = float(accelerator.reduce(total, "sum")) / weight
-        self._refuse_infinite("loss", mean)
+        if not math.isfinite(mean):
+            where = diagnosis.of_loss(self.model, map(self._looked_into, parts))
+            raise diagnosis.no_number("loss", mean, self.progress.step + 1, where, self.run.training)
         return mean
+
+    def _looked_into(self, part: batches.MicroBatch) -> tuple[str, Callable[[], object]]:
+        rows = ", ".join(self.data.train.where(index) for index in part.indices[:3])
+        return rows + (", …" if len(part.indices) > 3 else ""), lambda: self._micro_loss(part, 0, self.model)
 
     def _penalty(self) -> Any:
         """What the method adds to the loss of a whole step, alike in all processes; logged apart from the loss."""
@@ -171,20 +196,23 @@ class _Loop:
         self.penalties = {"penalty": float(penalty.detach())}
         return penalty
 
-    def _update(self) -> float:
+    def _update(self, rate: float) -> float:
         """Clip, step, and clear the gradients; returns their norm before clipping."""
         accelerator, settings = self.accelerator, self.run.training
         self._beat()
+        self.health.check_gradients()
         parameters = list(trained_parameters(self.model).values())
         norm = float(whole(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf)))
-        if accelerator.scaler is None:  # fp16 skips such steps and lowers its scale
-            self._refuse_infinite("gradient norm", norm)
+        if accelerator.scaler is None and not math.isfinite(norm):  # fp16 skips such steps and lowers its scale
+            where = diagnosis.of_gradients(self.model)
+            raise diagnosis.no_number("gradient norm", norm, self.progress.step + 1, where, settings)
         self.optimizer.step()
         if accelerator.optimizer_step_was_skipped:
             self.run.method.skipped_step(self.model, self.progress.step + 1)
         else:
             self.schedule.step()
             self.run.method.after_step(self.model, self.progress.step + 1)
+            self.health.after_step(rate)
         self.optimizer.zero_grad()
         self.pace.rest("after a step")
         return norm
@@ -192,32 +220,15 @@ class _Loop:
     def _beat(self) -> None:
         self.pace.beat("training", f"step {self.progress.step + 1}")
 
-    def _refuse_infinite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            mend = "" if self.run.training.precision == "fp32" else " or use precision: fp32"
-            step = self.progress.step + 1
-            raise TrainingError(f"the {what} is {value} at step {step}; lower training.learning_rate{mend}")
-
-    def _micro_loss(self, part: batches.MicroBatch, number: int) -> Any:
+    def _micro_loss(self, part: batches.MicroBatch, number: int, model: nn.Module | None = None) -> Any:
         self._beat()
         examples = [self.data.train.encoded.examples[index] for index in part.indices]
         examples = [self.run.task.for_epoch(example, self.epoch) for example in examples]
         batch = collate(examples, self.data.train.pad_id, self.accelerator.device)
         self._beat()
         with self.accelerator.autocast():
-            loss = self.objective.loss(self.wrapped, self.model, batch, self.class_weights, number)
+            loss = self.objective.loss(model or self.wrapped, self.model, batch, self.class_weights, number)
         return loss if part.counted else loss * 0.0
-
-    def _weight(self, batch: Sequence[int]) -> float:
-        examples, weights = self.data.train.encoded.examples, self.data.class_weights
-        weight = float(sum(self.run.task.example_weight(examples[index], weights) for index in batch))
-        if not weight:
-            places = ", ".join(self.data.train.where(index) for index in list(batch)[:3])
-            raise TrainingError(
-                f"nothing to learn at step {self.progress.step + 1}: every label of its batch is masked ({IGNORED}), "
-                f"e.g. {places}; remove such rows or raise training.batch_size"
-            )
-        return weight
 
     def _evaluate(self) -> None:
         """Score dev; keep the weights if they are the best so far."""
@@ -259,6 +270,7 @@ class _Loop:
         self.pace.arrive()
         accelerator.wait_for_everyone()
         self.run.method.finish(self.model, self.folder if accelerator.is_main_process else None)
+        self.health.check_frozen()
         if keep_best and progress.best_step != progress.step:
             self.checkpoints.load_best(progress.best_step)
             self.meter.say(f"kept the weights of step {progress.best_step:,}, the best on dev")
