@@ -32,8 +32,11 @@ RUNS: dict[str, tuple[str, ...]] = {
         "reuters_r8_lora", *SHORT, *LONG, "backbone.dtype=bfloat16", "training.precision=bf16",
     ),
     "DoRA, long": ("reuters_r8_lora", *SHORT, *LONG, "method.variant=dora"),
+    "bottleneck, long": ("reuters_r8_bottleneck", *SHORT, *LONG),
     "prefix": ("reuters_r8_prefix", *SHORT),
+    "prefix, long": ("reuters_r8_prefix", *SHORT, *LONG),
     "full": ("reuters_r8_full", *SHORT),
+    "full, long, checkpointed": ("reuters_r8_full", *SHORT, *LONG, "training.gradient_checkpointing=true"),
     "head": ("reuters_r8_head", *SHORT),
     "NF4 LoRA, long": ("reuters_r8_lora", *SHORT, *LONG, "backbone.quantization.kind=nf4"),
     "causal LoRA": (
