@@ -45,6 +45,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+RUNS |= {f"{name}, tight": (*run, "training.allocator=tight") for name, run in RUNS.items()}
+
 
 def predict(names: list[str]) -> None:
     """Plan every run, or those that are named."""

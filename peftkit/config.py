@@ -52,6 +52,9 @@ class TrainingSettings(Section):
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
+    allocator: Literal["system", "tight"] = "system"
+    """`tight`: on Linux CPUs, every block of a MiB and more gets pages of its own, which go back when it is freed. The
+    peak is then that of the tensors, without the holes of glibc's heap, and each step takes longer."""
     on_out_of_memory: Literal["stop", "split"] = "stop"
     """`split`: take the step again with half as many examples in a micro-batch, which gives the same loss and gradient
     and holds from then on; with one process only."""

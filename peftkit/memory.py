@@ -15,6 +15,8 @@ GROUPS = (
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
 """Files of the limit and of what is used, of the second and of the first version of control groups."""
+MAPPED = 2**20
+"""From this size on, blocks have pages of their own after `give_back_freed_blocks`."""
 RESET_PEAK = "5"
 """What Linux takes, from 4.0 on, as the wish to set the peak back to what is resident now (proc(5))."""
 
@@ -37,6 +39,19 @@ def reset_peak() -> None:
     """Let the peak be counted from now on, where the system allows it; elsewhere it stays that of the whole process."""
     with contextlib.suppress(OSError):
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
+
+
+def give_back_freed_blocks() -> bool:
+    """Let glibc map every block of `MAPPED` bytes and more by itself, for all of this process's life; False where the C
+    library is another."""
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # M_MMAP_THRESHOLD, and M_MMAP_MAX, beyond which blocks come from the heap after all (mallopt(3))
+    return bool(mallopt(-3, MAPPED)) and bool(mallopt(-4, 2**20))
 
 
 def available_bytes() -> int:

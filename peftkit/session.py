@@ -17,6 +17,7 @@ from peftkit.config_file import to_yaml
 from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
 from peftkit.errors import ConfigError, UsageError
+from peftkit.memory import give_back_freed_blocks
 from peftkit.processes import MIXED_PRECISION, check_launcher, check_processes
 from peftkit.training import watch
 from peftkit.training.optimizer import check_optimizer
@@ -52,6 +53,8 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
         # Accelerate would train in float32 without a word
         raise UsageError("training.precision: fp16 needs a GPU; use bf16 or fp32 here")
     check_optimizer(run.training.optimizer, accelerator.device.type)
+    if run.training.allocator == "tight" and accelerator.device.type == "cpu" and not give_back_freed_blocks():
+        raise UsageError("training.allocator: tight is for Linux with glibc; leave it out here")
     if run.backbone.quantization is not None:
         check_backend(str(accelerator.device))
     set_seed(run.training.seed)

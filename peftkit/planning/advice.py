@@ -72,6 +72,8 @@ def _single(run: Run, now: Estimate, sharding: str) -> Iterator[tuple[dict[str, 
         yield {"training.micro_batch_size": size}, sharding
     if not training.gradient_checkpointing:
         yield {"training.gradient_checkpointing": True}, sharding
+    if now.machine.kind == "cpu" and training.allocator == "system":
+        yield {"training.allocator": "tight"}, sharding
     if run.backbone.dtype == "float32":
         yield {"backbone.dtype": "bfloat16"}, sharding
     if getattr(run.backbone, "quantization", False) is None:

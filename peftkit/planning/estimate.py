@@ -10,6 +10,7 @@ from typing import Any
 
 from peftkit.backbones.load import Head
 from peftkit.config import Run
+from peftkit.memory import MAPPED as TIGHT
 from peftkit.methods import Full
 from peftkit.methods.from_peft import FromPeft
 from peftkit.planning.machines import GIB, Machine
@@ -106,7 +107,9 @@ def estimate(
         sharding: `none`, `ddp` (every process has everything) or `fsdp2` (weights, gradients and states are divided).
         limit: bytes that it may hold; default: what the machine has.
     """
-    trace = expected(run, head, work, on_gpu if machine.kind == "gpu" else partial(on_heap, _heap(run, work)))
+    tight = run.training.allocator == "tight"
+    heap = partial(on_heap, _heap(run, work), TIGHT if tight else MAPPED)
+    trace = expected(run, head, work, on_gpu if machine.kind == "gpu" else heap)
     shares = machine.count if sharding == "fsdp2" else 1
     phases, parts = _memory(run, trace, work, machine, sharding, shares)
     rows, length = work.shape
@@ -134,9 +137,10 @@ def on_gpu(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def on_heap(factor: float, size: int) -> int:
-    """What a storage adds to a process's resident memory under glibc, whose heap is `factor` times what is in it."""
-    return size if size >= MAPPED else round(factor * size)
+def on_heap(factor: float, mapped: int, size: int) -> int:
+    """What a storage adds to a process's resident memory under glibc, whose heap is `factor` times what is in it and
+    which gives blocks of `mapped` bytes and more pages of their own."""
+    return size if size >= mapped else round(factor * size)
 
 
 def _heap(run: Run, work: Workload) -> float:
@@ -158,14 +162,15 @@ def _memory(
     if shares > 1:
         activations -= min(activations, trace.trained - gradients) if trace.peaks else 0
     evaluation = trace.evaluation - trace.weights
-    if machine.kind == "cpu":
+    tight = run.training.allocator == "tight"
+    if machine.kind == "cpu" and not tight:
         evaluation = round(evaluation * EVALUATION_HEAP / _heap(run, work))
     parts = {"libraries": libraries, "weights": weights, "optimizer": state, "activations and gradients": activations}
     if buckets:
         parts["gradient buckets"] = buckets
     resting = libraries + weights + state + buckets
     update = resting + gradients + _update_transient(run, trace, machine) // shares
-    kept = activations if machine.kind == "cpu" else 0  # a heap does not shrink
+    kept = activations if machine.kind == "cpu" and not tight else 0  # a heap does not shrink
     phases = {
         "loading": libraries + weights,
         "training step": resting + activations if run.method.trains else 0,
