@@ -47,8 +47,16 @@ LAYERS = (
         "peftkit.audit.catalogue",
         "peftkit.audit.settings",
     ),
-    ("peftkit.config_file", "peftkit.shipped"),
-    ("peftkit.errors", "peftkit.schema", "peftkit.quiet", "peftkit.console", "peftkit.disk", "peftkit.environment"),
+    ("peftkit.config_file", "peftkit.shipped", "peftkit.changes"),
+    (
+        "peftkit.errors",
+        "peftkit.schema",
+        "peftkit.quiet",
+        "peftkit.console",
+        "peftkit.disk",
+        "peftkit.environment",
+        "peftkit.tensor_files",
+    ),
 )
 STRANGERS = {("peftkit.methods", "peftkit.tasks"), ("peftkit.tasks", "peftkit.methods")}
 HEAVY = {"torch", "peft", "transformers", "datasets", "evaluate", "accelerate", "bitsandbytes", "matplotlib"}

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
+WEIGHTS_SHA256 = "weights_sha256"
+"""Attribute of a model: the hash of the files that it was loaded from."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -122,6 +124,8 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     _pad_token(model, tokenizer)
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
+    loaded_from = weights_sha256(files)
+    setattr(model, WEIGHTS_SHA256, loaded_from)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -129,7 +133,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
         head_modules=trained_heads(model, fresh, folder),
         name=settings.name,
         revision=_revision(settings, folder),
-        weights_sha256=weights_sha256(files),
+        weights_sha256=loaded_from,
     )
 
 

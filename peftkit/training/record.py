@@ -21,3 +21,5 @@ class TrainRecord:
     trainable_parameters: int = 0
     losses: tuple[float, ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
+    changes: tuple[dict[str, Any], ...] = ()
+    """What was allowed to change when the run was continued: `step`, `name`, `before`, `after`."""
