@@ -1,6 +1,8 @@
-"""A process that forks runs of peftkit, which end at a chosen moment; importing everything once makes that cheap.
+"""A process that forks runs of peftkit, which end at a chosen moment; what it has imported is imported for all of them.
 
-It reads requests from stdin, one JSON object a line, and answers each with the exit codes of the run's processes:
+    python tests/kills.py COMMAND…
+
+trains once, which imports all that training needs, and reads requests from stdin, one JSON object a line, and answers each with the exit codes of the run's processes:
 
     arguments   of the command line
     processes   how many
@@ -14,6 +16,7 @@ It reads requests from stdin, one JSON object a line, and answers each with the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,10 +31,14 @@ from typing import Any, NoReturn
 class Killer:
     """The test's end of the process."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *command: str) -> None:
         self.output = output
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, *command],
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # threads do not survive a fork
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(self, *arguments: str, moment: Any = None, processes: int = 1, rank: int = 0) -> list[int]:
@@ -52,10 +59,11 @@ class Killer:
         self._process.communicate(timeout=60)
 
 
-def serve() -> None:
-    from peftkit import experiment, job  # noqa: F401
-    from peftkit.methods import METHODS  # noqa: F401
+def serve(command: list[str]) -> None:
+    from peftkit.cli import main
 
+    with contextlib.redirect_stdout(sys.stderr):
+        assert main(command) == 0
     for line in sys.stdin:
         print(json.dumps(answered(json.loads(line))), flush=True)
 
@@ -92,6 +100,9 @@ def child(request: dict[str, Any], rank: int, port: int) -> NoReturn:
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
         if request["processes"] > 1:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
             os.environ |= {"LOCAL_WORLD_SIZE": str(request["processes"]), "ACCELERATE_USE_CPU": "true"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -140,10 +151,11 @@ def at_file(what: str, number: int) -> None:
 def at_signal(what: str, number: int) -> None:
     from peftkit.training.loop import _Loop
 
-    loss = _Loop._micro_loss
+    loss, sent = _Loop._micro_loss, list[str]()
 
     def signalled(loop: Any, *given: Any) -> Any:
-        if loop.progress.step == number - 1:
+        if loop.progress.step == number - 1 and not sent:
+            sent.append(what)
             os.kill(os.getpid(), getattr(signal, what))
         return loss(loop, *given)
 
@@ -154,4 +166,4 @@ MOMENTS: dict[str, Callable[[str, int], None]] = {"step": at_step, "file": at_fi
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
