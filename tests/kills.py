@@ -2,7 +2,8 @@
 
     python tests/kills.py COMMAND…
 
-trains once, which imports all that training needs, and reads requests from stdin, one JSON object a line, and answers each with the exit codes of the run's processes:
+trains once, which imports all that training needs. Then it reads requests from stdin, one JSON object a line, and
+answers each with the exit codes of the run's processes:
 
     arguments   of the command line
     processes   how many

@@ -14,7 +14,7 @@ from peftkit.disk import remove_folder, sweep, whole_file, whole_folder
 from peftkit.errors import ArtifactError, PeftkitError, first_line
 from peftkit.methods.base import trained_parameters, trained_tensors
 from peftkit.training.random_state import restore_random_state
-from peftkit.training.seal import check_sealed, seal
+from peftkit.training.seal import Described, check_sealed, described, seal
 from peftkit.training.state_files import TENSORS, VALUES, read_tree, write_tree
 from peftkit.training.whole import put, shared_out, whole_parameters, whole_state
 
@@ -77,9 +77,9 @@ class Checkpoints:
     states: dict[str, Any]
     passed_over: list[str] = field(default_factory=list)
     """Why `load` did not take newer checkpoints than it did."""
-    _best: Path | None = None
+    _best: Described = field(default_factory=dict)
     """The file of the best weights, once there is one."""
-    _whole: dict[Path, Path | None] = field(default_factory=dict)
+    _whole: dict[Path, Described] = field(default_factory=dict)
     """Checkpoints known to be whole, oldest first, with the files of the best weights that they mean."""
 
     def save(self, progress: Progress, random_states: Sequence[dict[str, Any]], writes: bool = True) -> None:
@@ -110,12 +110,14 @@ class Checkpoints:
             (partial / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
             seal(partial, progress.step, self._best)
         self._whole.pop(final, None)
-        self._whole[final] = check_sealed(final, FILES)
+        self._whole[final] = check_sealed(final, FILES, with_best=False)
         self._whole = dict(list(self._whole.items())[-KEPT:])
         for other in set(self._found()) - self._whole.keys():
             remove_folder(other)
-        for weights in set(self.folder.glob("best-*")) - set(self._whole.values()):
-            weights.unlink()
+        meant = {name for best in self._whole.values() for name in best}
+        for weights in self.folder.glob("best-*"):
+            if weights.name not in meant:
+                weights.unlink()
 
     def load(self, fresh: Progress, process: int, allowed: Collection[str] = ()) -> Progress | None:
         """Restore the newest checkpoint that is whole; None when there is none at all.
@@ -152,16 +154,16 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         # named by step: were it one file, a run killed between it and its checkpoint would resume with a later best
-        self._best = self.folder / f"best-{step}.safetensors"
+        file = self.folder / f"best-{step}.safetensors"
         with whole_parameters(self.model, writes):
             if writes:
-                with whole_file(self._best) as partial:
+                with whole_file(file) as partial:
                     save_file(trained_tensors(self.model), partial)
+                self._best = described([file])
 
-    def load_best(self) -> None:
+    def load_best(self, step: int) -> None:
         """Put back what `save_best` kept."""
-        assert self._best is not None  # training ends with an evaluation
-        load_trained(self.model, self._best)
+        load_trained(self.model, self.folder / f"best-{step}.safetensors")
 
     def _newest_whole(self) -> Path | None:
         self.passed_over = []

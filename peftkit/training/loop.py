@@ -271,7 +271,7 @@ class _Loop:
         accelerator.wait_for_everyone()
         self.run.method.finish(self.model, self.folder if accelerator.is_main_process else None)
         if keep_best and progress.best_step != progress.step:
-            self.checkpoints.load_best()
+            self.checkpoints.load_best(progress.best_step)
             self.meter.say(f"kept the weights of step {progress.best_step:,}, the best on dev")
         if accelerator.is_main_process:
             learning_curve(progress, self.task_on_dev.headline, self.folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,27 @@ MOST_MANIFEST = 2**16
 BEST = re.compile(r"best-\d+\.safetensors")
 """Names of the files of best weights, which lie beside checkpoints, because several may mean the same one."""
 
+Described = dict[str, dict[str, Any]]
+"""Name of a file → its `size` and `sha256`."""
 
-def seal(folder: Path, step: int, best: Path | None) -> None:
+
+def seal(folder: Path, step: int, best: Described) -> None:
     """Write the manifest of a checkpoint whose files are all there.
 
     Args:
-        best: the file of the weights that scored best until then, beside the checkpoint.
+        best: the file of the weights that scored best until then, which lies beside the checkpoint; empty without.
     """
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "files": {file.name: _described(file) for file in sorted(folder.iterdir())},
-        "best": {best.name: _described(best)} if best else {},
-    }
+    manifest = {"format": FORMAT, "step": step, "files": described(sorted(folder.iterdir())), "best": best}
     text = json.dumps(manifest | {"sha256": manifest_sha256(manifest)}, indent=2)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def check_sealed(folder: Path, names: Collection[str]) -> Path | None:
-    """Refuse a checkpoint that is not, to the byte, what was sealed; returns the file of its best weights.
+def check_sealed(folder: Path, names: Collection[str], with_best: bool = True) -> Described:
+    """Refuse a checkpoint that is not, to the byte, what was sealed; returns what it says of its best weights.
 
     Args:
         names: the files that every checkpoint has beside its manifest.
+        with_best: read the best weights too.
 
     Raises:
         ArtifactError: names the file, and what is wrong with it.
@@ -56,19 +56,25 @@ def check_sealed(folder: Path, names: Collection[str]) -> Path | None:
         raise ArtifactError(f"{folder / MANIFEST} does not name the files of a checkpoint")
     for name in sorted(found ^ files.keys()):
         raise ArtifactError(f"{folder / name} is {'missing' if name in files else 'none of its files'}")
-    described = {folder / name: one for name, one in files.items()}
-    described |= {folder.parent / name: one for name, one in best.items()}
-    _check_files(described)
-    return next((folder.parent / name for name in best), None)
+    _check_files({folder / name: one for name, one in files.items()})
+    if with_best:
+        _check_files({folder.parent / name: one for name, one in best.items()})
+    return best
 
 
-def _check_files(described: dict[Path, dict[str, Any]]) -> None:
+def described(files: Sequence[Path]) -> Described:
+    """Size and hash of files, by name."""
+    table = zip(files, map(plain_size, files), _hashes(files), strict=True)
+    return {file.name: {"size": size, "sha256": digest} for file, size, digest in table}
+
+
+def _check_files(table: dict[Path, dict[str, Any]]) -> None:
     """What is cheap comes first, and of all files."""
-    for file, expected in described.items():
+    for file, expected in table.items():
         if (size := plain_size(file)) != expected["size"]:
             raise ArtifactError(f"{file} has {size:,} bytes, and {expected['size']:,} were written")
-    for file, expected in described.items():
-        if file_sha256(file) != expected["sha256"]:
+    for file, digest in zip(table, _hashes(list(table)), strict=True):
+        if digest != table[file]["sha256"]:
             raise ArtifactError(f"{file} changed after it was written (its sha256 differs from {MANIFEST}'s)")
         if file.suffix == ".safetensors":
             read_header(file)
@@ -86,7 +92,7 @@ def _read(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def _table(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+def _table(folder: Path, manifest: dict[str, Any], name: str) -> Described:
     table = manifest.get(name)
     entries = table.values() if isinstance(table, dict) else [None]
     if not all(isinstance(one, dict) and one.keys() == {"size", "sha256"} for one in entries):
@@ -94,5 +100,7 @@ def _table(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, dict[
     return dict(table)  # type: ignore[arg-type]
 
 
-def _described(file: Path) -> dict[str, Any]:
-    return {"size": plain_size(file), "sha256": file_sha256(file)}
+def _hashes(files: Sequence[Path]) -> list[str]:
+    """Several at a time, because hashing is most of what a checkpoint costs."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(file_sha256, files))
