@@ -14,8 +14,8 @@ from peftkit.disk import file_sha256
 from peftkit.training.checkpoint import FILES
 from peftkit.training.seal import check_sealed
 
-SIZES = (16, 200, 400, 600, 850, 1100)
-"""KiB; a checkpoint takes about 380, the best weights 100, and two checkpoints stay."""
+SIZES = (16, 200, 400, 600, 750, 850)
+"""KiB; three checkpoints and the best weights take about 1,000."""
 Config = Callable[..., Path]
 
 
