@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from peftkit.audit.settings import AuditSettings
 from peftkit.backbones.load import BackboneSettings
+from peftkit.changes import unknown_names
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
 from peftkit.console import Parser
@@ -61,6 +62,8 @@ class TrainingSettings(Section):
     group_by_length: bool = False
     """Draw batches from examples of similar length, so that less padding is computed."""
     evaluate_every: Literal["epoch"] | PositiveInt = "epoch"
+    checkpoint_every: Literal["evaluation"] | PositiveInt = "evaluation"
+    """Steps between checkpoints, besides those that every evaluation ends with."""
     early_stopping_patience: PositiveInt | None = None
     r_drop: Annotated[float, Field(gt=0)] | None = None
     """α of R-Drop (Wu et al. 2021): two passes with different dropout should agree; doubles the cost."""
@@ -102,6 +105,9 @@ class OutputSettings(Section):
     folder: str | None = None
     """Default: runs/<name of the configuration>-<run id>."""
     overwrite: bool = False
+    allow_changes: tuple[str, ...] = ()
+    """What may differ from the run that is continued, by dotted name: a setting (training.learning_rate), a section,
+    `data`, `backbone.weights` or `processes`."""
     trackers: tuple[str, ...] = ()
     """Accelerate's trackers by name, such as tensorboard."""
 
@@ -133,6 +139,12 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def _allows_what_there_is(self) -> Run:
+        if problems := unknown_names(self.output.allow_changes, settings_of(self)):
+            raise ValueError(f"output.allow_changes: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
     def _no_conflicts(self) -> Run:
         conflicts = self.method.conflicts(
             task=self.task,
@@ -145,10 +157,14 @@ class Run(Section):
         return self
 
 
+def settings_of(run: Run) -> dict[str, Any]:
+    """The settings that decide what a run computes, not where and how often that is written."""
+    return run.model_dump(mode="json", exclude={"audit": True, "output": True, "training": {"checkpoint_every"}})
+
+
 def run_id(run: Run) -> str:
-    """Sixteen hex digits that name the run: what it computes, not where it is written."""
-    settings = run.model_dump(mode="json", exclude={"audit", "output"})
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    """Sixteen hex digits that name the run: what it computes."""
+    return hashlib.sha256(json.dumps(settings_of(run), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:

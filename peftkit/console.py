@@ -6,19 +6,34 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from peftkit.errors import ConfigError, PeftkitError, UsageError
 
-INTERRUPTED = 130
 PATIENCE = 10.0
 """Seconds that a process waits for the first one to tell what is wrong, before it does so itself."""
 JOB = "PEFTKIT_JOB"
 """The folder in which the processes of `peftkit launch` leave what is wrong, for the launcher to tell once."""
+INTERRUPTED = (
+    "interrupted; nothing half-written is left. A training run goes on from its last checkpoint when its command is "
+    "given again, without output.overwrite"
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work that a signal ended. No Exception, so that nobody who catches those keeps it from ending."""
+
+    def __init__(self, number: int, message: str = INTERRUPTED) -> None:
+        self.exit_code = 128 + number
+        super().__init__(message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,20 +57,18 @@ def guard(action: Callable[[], object]) -> int:
     """
     try:
         try:
-            action()
+            with _heeding_sigterm():
+                action()
         finally:
             sys.stdout.flush()  # here, where a reader that has gone can still be told from a failure
     except PeftkitError as error:
         tell(_message(error), error.exit_code)
         return error.exit_code
-    except KeyboardInterrupt:
-        if _is_first():
-            tell(
-                "interrupted; nothing half-written is left. A training run goes on from its last checkpoint when its "
-                "command is given again, without output.overwrite",
-                INTERRUPTED,
-            )
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        ended = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
+        if _is_first() or JOB in os.environ:
+            tell(str(ended), ended.exit_code)
+        return ended.exit_code
     except BrokenPipeError:
         # the reader of our output has gone; flushing at exit would complain a second time
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +86,27 @@ def guard(action: Callable[[], object]) -> int:
         tell("error: the connection to another process broke off, because that one failed or was ended")
         return 1
     return 0
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does.
+
+    Not in one of several processes: who waits for one that has failed would not hear of it.
+    """
+    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
 
 
 def say(line: str = "") -> None:

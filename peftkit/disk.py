@@ -1,14 +1,19 @@
-"""Writes files and folders whole or not at all, with the modes the umask asks for, and only where there is room."""
+"""Writes files and folders whole or not at all, with the modes the umask asks for, and only where there is room.
+
+What was written has reached the disk before its name does, so that a machine may fail at any moment.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from peftkit.errors import ArtifactError, UsageError
 
@@ -29,9 +34,12 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         with _full_disk_told(final):
             yield partial
-        follow_umask(partial)
-        shutil.rmtree(final, ignore_errors=True)
+            follow_umask(partial)
+            for one in (*partial.rglob("*"), partial):
+                sync(one)
+        remove_folder(final)
         partial.rename(final)
+        sync(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -46,10 +54,45 @@ def whole_file(final: Path) -> Iterator[Path]:
     try:
         with _full_disk_told(final):
             yield partial
-        partial.chmod(mode)
+            partial.chmod(mode)
+            sync(partial)
         partial.rename(final)
+        sync(final.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(place: Path) -> None:
+    """Wait until the disk holds the bytes of a file, or the names in a folder."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have none for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there; one that is half removed no longer has its name."""
+    if not folder.is_dir() or folder.is_symlink():
+        folder.unlink(missing_ok=True)
+        return
+    going = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left of `whole_folder`, `whole_file` and `remove_folder`."""
+    for pattern in (".*.partial", ".*.removed"):
+        for left in folder.glob(pattern):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def follow_umask(folder: Path) -> None:
@@ -73,6 +116,11 @@ def file_sha256(file: Path) -> str:
     """The hash of one file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """The hash of what a manifest says, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from peftkit.config import Run
-from peftkit.console import INTERRUPTED, JOB
+from peftkit.console import JOB, Interrupted
 from peftkit.errors import JobError, UsageError, first_line
 from peftkit.experiment import train
 from peftkit.launch import Job, plan
@@ -23,8 +23,8 @@ from peftkit.launch_options import Asked
 from peftkit.session import check_start
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-SHUTDOWN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
-"""Seconds between asking the processes to end and making them."""
+SHUTDOWN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
+"""Seconds between passing a signal on and ending the processes, which finish their step and save."""
 
 
 def launch(run: Run, options: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def run_job(job: Job) -> None:
     Raises:
         JobError: what the process that failed first has to say, with its exit code.
         UsageError: Accelerate refuses the launch.
-        KeyboardInterrupt: the job was interrupted.
+        Interrupted: a signal ended the job.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peftkit-job-")))
@@ -75,25 +75,31 @@ def _launch(job: Job, folder: Path) -> None:
     try:
         launch_command(launch_command_parser().parse_args(list(job.arguments)))
     except ChildFailedError as error:
-        _raise_told(folder)
+        if told := _told(folder):
+            _raise(told)
         raise JobError(_died(*error.get_first_failure(), job.processes)) from None
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise JobError(f"the job was ended by {error.sigval.name}, and its processes with it") from None
+        told = _told(folder)
+        if told and told["exit_code"] > 128:
+            _raise(told)
+        raise Interrupted(error.sigval) from None
     except ValueError as error:
         raise UsageError(f"accelerate launch: {first_line(error)}") from error
     except (RuntimeError, OSError) as error:
         raise JobError(f"the processes did not find each other: {first_line(error)}") from error
 
 
-def _raise_told(folder: Path) -> None:
-    """Pass on what the first process that failed left to tell."""
-    left = sorted((json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")), key=_when)
-    if left and left[0]["exit_code"] == INTERRUPTED:
-        raise KeyboardInterrupt from None
-    if left:
-        raise JobError(left[0]["message"].removeprefix("error: "), left[0]["exit_code"]) from None
+def _told(folder: Path) -> dict[str, Any] | None:
+    """What the first process that failed left to tell."""
+    left = (json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json"))
+    return min(left, key=_when, default=None)
+
+
+def _raise(told: dict[str, Any]) -> NoReturn:
+    """Pass on what a process left to tell, as the kind of end that it was."""
+    if told["exit_code"] > 128:
+        raise Interrupted(told["exit_code"] - 128, told["message"]) from None
+    raise JobError(told["message"].removeprefix("error: "), told["exit_code"]) from None
 
 
 def _when(left: dict[str, Any]) -> float:

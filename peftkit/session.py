@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.quantize import check_backend
 from peftkit.backbones.runs import MANIFEST, RUN_FILE
-from peftkit.config import Run, run_id
+from peftkit.changes import Changes, differences, flat, mend, not_allowed, told
+from peftkit.config import Run, load_run, run_id, settings_of
 from peftkit.config_file import to_yaml
 from peftkit.data.mix import missing_files
 from peftkit.disk import require_writable, write_text
@@ -163,14 +164,27 @@ def check_folder(run: Run, folder: Path) -> None:
 
 
 def _check_owner(run: Run, folder: Path, owner: str) -> None:
-    if owner != run_id(run):
-        if _holds_work(folder):
+    if owner == run_id(run):
+        if (folder / MANIFEST).is_file():
             raise UsageError(
-                f"{folder} belongs to run {owner}, not {run_id(run)}; name another output.folder, "
-                "or give it up with output.overwrite=true"
+                f"{folder} holds this run, finished{_scores(folder)}; output.overwrite=true trains it again"
             )
-    elif (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} holds this run, finished{_scores(folder)}; output.overwrite=true trains it again")
+        return
+    if not _holds_work(folder):
+        return
+    changes = _changes(run, folder)
+    refused = changes if (folder / MANIFEST).is_file() else not_allowed(changes, run.output.allow_changes)
+    if refused:
+        way_on = "" if (folder / MANIFEST).is_file() else f"go on as it began, {mend(refused)}; or "
+        raise UsageError(
+            f"{folder} belongs to run {owner}, not {run_id(run)}: {told(refused)}; {way_on}name another output.folder, "
+            "or give it up with output.overwrite=true"
+        )
+
+
+def _changes(run: Run, folder: Path) -> Changes:
+    """What this run sets otherwise than the one in the folder."""
+    return differences(flat(settings_of(load_run(folder / RUN_FILE))), flat(settings_of(run)))
 
 
 def _scores(folder: Path) -> str:

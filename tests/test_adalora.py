@@ -575,7 +575,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_uninterrupted_one(
     for step, from_step in ((5, 0), (11, 4), (15, 8), (22, 12), (30, 20)):  # warm-up, twice the fall, the end
         stop_after(stopped, step, monkeypatch)
         assert ("continuing from step" in capfd.readouterr().out) == bool(from_step)
-        assert [one.name for one in (folder_of(stopped) / "checkpoints").glob("step-*")] == [f"step-{step - step % 4}"]
+        assert (folder_of(stopped) / "checkpoints" / f"step-{step - step % 4}").is_dir()
     save_finished(stopped)
     for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "rank_trajectory.png"):
         assert file_sha256(folder_of(stopped) / file) == file_sha256(folder_of(whole) / file), file

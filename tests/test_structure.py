@@ -48,7 +48,7 @@ LAYERS = (
         "peftkit.audit.catalogue",
         "peftkit.audit.settings",
     ),
-    ("peftkit.config_file", "peftkit.shipped"),
+    ("peftkit.config_file", "peftkit.shipped", "peftkit.changes"),
     (
         "peftkit.errors",
         "peftkit.schema",

@@ -19,11 +19,10 @@ from conftest import sentiment_rows
 from safetensors.torch import load_file, save_file
 
 import peftkit
-from peftkit.artifacts.manifest import manifest_sha256
 from peftkit.artifacts.store import load_run
 from peftkit.artifacts.vetting import check_artifact, check_names
 from peftkit.cli import main
-from peftkit.disk import file_sha256
+from peftkit.disk import file_sha256, manifest_sha256
 from peftkit.errors import ArtifactError
 from peftkit.tensor_files import Entry, read_header
 

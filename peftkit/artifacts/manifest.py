@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from peftkit.config import Run
 from peftkit.config import load_run as load_config
-from peftkit.disk import file_sha256
+from peftkit.disk import file_sha256, manifest_sha256
 from peftkit.errors import ArtifactError, ConfigError, UsageError
 from peftkit.session import MANIFEST, RUN_FILE
 
@@ -63,7 +62,3 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{file} changed after it was written (its sha256 differs from {MANIFEST}'s); "
                 "restore it, or train again"
             )
-
-
-def manifest_sha256(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.loading import SavedRun, load_run
-from peftkit.artifacts.manifest import FORMAT, manifest_sha256, read_manifest
+from peftkit.artifacts.manifest import FORMAT, read_manifest
 from peftkit.backbones.load import Backbone, resolve
 from peftkit.backbones.runs import origin
 from peftkit.config import Run, run_id
-from peftkit.disk import file_sha256, whole_folder, write_text
+from peftkit.disk import file_sha256, manifest_sha256, whole_folder, write_text
 from peftkit.environment import versions
 from peftkit.errors import ArtifactError
 from peftkit.evaluation import Evaluation

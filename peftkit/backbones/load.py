@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 BEFORE = "resident_before_load"
 """The attribute of a loaded model that holds the bytes that were resident in the process before it."""
+WEIGHTS_SHA256 = "weights_sha256"
+"""Attribute of a model: the hash of the files that it was loaded from."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -128,6 +130,8 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
     setattr(model, BEFORE, before)
+    loaded_from = weights_sha256(files)
+    setattr(model, WEIGHTS_SHA256, loaded_from)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -135,7 +139,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
         head_modules=trained_heads(model, fresh, folder),
         name=settings.name,
         revision=_revision(settings, folder),
-        weights_sha256=weights_sha256(files),
+        weights_sha256=loaded_from,
     )
 
 

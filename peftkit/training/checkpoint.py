@@ -1,18 +1,21 @@
-"""Checkpoints of a run in progress, written beside and renamed, so that a reader never sees half of one."""
+"""Checkpoints of a run in progress, written beside, sealed and renamed; the newest that is whole is read."""
 
 from __future__ import annotations
 
 import json
-import random
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.disk import whole_file, whole_folder
-from peftkit.errors import ArtifactError
+from peftkit.changes import DATA, PROCESSES, WEIGHTS, Changes, differences, flat, mend, not_allowed, told
+from peftkit.disk import remove_folder, sweep, whole_file, whole_folder
+from peftkit.errors import ArtifactError, PeftkitError, first_line
 from peftkit.methods.base import trained_parameters, trained_tensors
+from peftkit.training.random_state import restore_random_state
+from peftkit.training.seal import Described, check_sealed, described, seal
+from peftkit.training.state_files import TENSORS, VALUES, read_tree, write_tree
 from peftkit.training.whole import put, shared_out, whole_parameters, whole_state
 
 if TYPE_CHECKING:
@@ -22,18 +25,23 @@ if TYPE_CHECKING:
 
 TRAINED = "trained.safetensors"
 METHOD_STATE = "method.safetensors"
-OPTIMIZER = "optimizer.pt"
-RANDOM = "random.pt"
+STATES, RANDOM = "states", "random"
 PROGRESS = "progress.json"
+FILES = (TRAINED, METHOD_STATE, PROGRESS, *(f"{tree}{end}" for tree in (STATES, RANDOM) for end in (TENSORS, VALUES)))
+KEPT = 2
+"""Checkpoints that stay: should the disk lose the newest, the one before is there."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come; everything that is not a tensor."""
+    """What a run is, and how far it has come; everything that is not a tensor."""
 
-    run_id: str
+    settings: dict[str, Any]
+    """Those that decide what is computed, as nested sections."""
     data: str
     """The fingerprint of the encoded data."""
+    weights: str
+    """The hash of the backbone's weight files."""
     processes: int
     step: int = 0
     tokens: int = 0
@@ -45,11 +53,21 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     micro_batch_size: int | None = None
     """Most examples in one forward pass, once memory did not suffice for what the settings say."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What was allowed to change on the way: `step`, `name`, `before`, `after`."""
+
+    def changes_to(self, other: Progress) -> Changes:
+        """What makes another run of it."""
+        before, after = (
+            flat(one.settings) | {DATA: one.data, WEIGHTS: one.weights, PROCESSES: one.processes}
+            for one in (self, other)
+        )
+        return differences(before, after)
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run: step-N, of which the newest stays, and the weights that scored best on dev.
+    """The checkpoints of one run: step-N, of which the newest two stay, and the weights that scored best on dev.
 
     `states` are what remembers something from step to step and has `state_dict` and `load_state_dict`, such as the
     optimizer; all that they hold must be tensors and plain values.
@@ -59,9 +77,15 @@ class Checkpoints:
     model: nn.Module
     method: Method
     states: dict[str, Any]
+    passed_over: list[str] = field(default_factory=list)
+    """Why `load` did not take newer checkpoints than it did."""
+    _best: Described = field(default_factory=dict)
+    """The file of the best weights, once there is one."""
+    _whole: dict[Path, Described] = field(default_factory=dict)
+    """Checkpoints known to be whole, oldest first, with the files of the best weights that they mean."""
 
     def save(self, progress: Progress, random_states: Sequence[dict[str, Any]], writes: bool = True) -> None:
-        """Write step-N, then drop what is older. For all processes to call.
+        """Write step-N, read it back, then drop what is older. For all processes to call.
 
         Args:
             random_states: `random_state()` of every process.
@@ -69,6 +93,7 @@ class Checkpoints:
 
         Raises:
             OSError: the disk is full; the checkpoint before is still there.
+            ArtifactError: the disk holds something else than what was written; so is it then.
         """
         states = {name: whole_state(one.state_dict(), writes) for name, one in self.states.items()}
         with whole_parameters(self.model, writes):
@@ -76,85 +101,115 @@ class Checkpoints:
                 self._write(progress, random_states, states)
 
     def _write(self, progress: Progress, random_states: Sequence[dict[str, Any]], states: dict[str, Any]) -> None:
-        import torch
         from safetensors.torch import save_file
 
-        with whole_folder(self.folder / f"step-{progress.step}") as partial:
+        final = self.folder / f"step-{progress.step}"
+        with whole_folder(final) as partial:
             save_file(trained_tensors(self.model), partial / TRAINED)
             save_file(self.method.state(self.model), partial / METHOD_STATE)
-            torch.save(states, partial / OPTIMIZER)
-            torch.save(list(random_states), partial / RANDOM)
-            (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
-        for older in self._found()[:-1]:
-            shutil.rmtree(older)
-        for weights in set(self.folder.glob("best-*")) - {self._best(progress.best_step)}:
-            weights.unlink()
+            write_tree(states, partial, STATES)
+            write_tree(list(random_states), partial, RANDOM)
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            seal(partial, progress.step, self._best)
+        self._whole.pop(final, None)
+        self._whole[final] = check_sealed(final, FILES, with_best=False)
+        self._whole = dict(list(self._whole.items())[-KEPT:])
+        for other in set(self._found()) - self._whole.keys():
+            remove_folder(other)
+        meant = {name for best in self._whole.values() for name in best}
+        for weights in self.folder.glob("best-*"):
+            if weights.name not in meant:
+                weights.unlink()
 
-    def load(self, fresh: Progress, process: int) -> Progress | None:
-        """Restore the newest checkpoint; None when there is none.
+    def load(self, fresh: Progress, process: int, allowed: Collection[str] = ()) -> Progress | None:
+        """Restore the newest checkpoint that is whole; None when there is none at all.
 
         Args:
             fresh: the progress of a run that has not begun, to compare with.
+            process: the rank of this one, whose random state is restored; 0 clears up after a killed run.
+            allowed: the names of what may differ.
 
         Raises:
-            ArtifactError: it belongs to another run, other data, another number of processes, or is damaged.
+            ArtifactError: it belongs to another run, data, backbone or number of processes, or none is whole.
         """
-        found = self._found()
-        if not found:
+        if process == 0 and self.folder.is_dir():
+            sweep(self.folder)
+        newest = self._newest_whole()
+        if newest is None:
             return None
-        newest = found[-1]
         try:
-            progress = Progress(**json.loads((newest / PROGRESS).read_text()))
-            _check_same(newest, progress, fresh)
+            # scores may be NaN, which JSON proper has not
+            progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
+            _accept(newest, progress, fresh, allowed)
             self._restore(newest, process)
-        except ArtifactError:
+        except PeftkitError:
             raise
-        except Exception as error:  # damaged files make json, safetensors, torch and pickle raise kinds of their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ArtifactError(f"{newest} is damaged ({reason}); delete it to start again") from error
+        except Exception as error:  # whole files of another format make libraries raise kinds of their own
+            raise ArtifactError(
+                f"{newest} cannot be loaded ({first_line(error)}); continue with the version of peftkit that wrote it, "
+                "or start again with output.overwrite=true"
+            ) from error
         return progress
 
     def save_best(self, step: int, writes: bool = True) -> None:
         """Keep the trained parameters as they are now. For all processes to call, of which one `writes`."""
         from safetensors.torch import save_file
 
+        # named by step: were it one file, a run killed between it and its checkpoint would resume with a later best
+        file = self.folder / f"best-{step}.safetensors"
         with whole_parameters(self.model, writes):
             if writes:
-                with whole_file(self._best(step)) as partial:
+                with whole_file(file) as partial:
                     save_file(trained_tensors(self.model), partial)
+                self._best = described([file])
 
     def load_best(self, step: int) -> None:
         """Put back what `save_best` kept."""
-        load_trained(self.model, self._best(step))
+        load_trained(self.model, self.folder / f"best-{step}.safetensors")
+
+    def _newest_whole(self) -> Path | None:
+        self.passed_over = []
+        for folder in reversed(self._found()):
+            try:
+                self._best = check_sealed(folder, FILES)
+            except ArtifactError as error:
+                self.passed_over.append(str(error))
+                continue
+            self._whole = {folder: self._best}
+            return folder
+        if self.passed_over:
+            raise ArtifactError(
+                f"no checkpoint in {self.folder} is whole: {'; '.join(self.passed_over)}. Restore one of them, or "
+                "start again with output.overwrite=true"
+            )
+        return None
 
     def _restore(self, newest: Path, process: int) -> None:
-        import torch
         from safetensors.torch import load_file
 
         load_trained(self.model, newest / TRAINED)
         self.method.load_state(self.model, load_file(newest / METHOD_STATE))
-        saved = torch.load(newest / OPTIMIZER, weights_only=True, map_location="cpu")
+        saved = read_tree(newest, STATES)
         for name, one in self.states.items():
             one.load_state_dict(shared_out(saved[name], one))
-        restore_random_state(torch.load(newest / RANDOM, weights_only=True)[process])
-
-    def _best(self, step: int) -> Path:
-        # named by step: were it one file, a run killed between it and its checkpoint would resume with a later best
-        return self.folder / f"best-{step}.safetensors"
+        random_states = read_tree(newest, RANDOM)
+        if process < len(random_states):  # a process more than there were keeps the seed it has
+            restore_random_state(random_states[process])
 
     def _found(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        folders = [one for one in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", one.name)]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def bytes_needed(model: nn.Module, method: Method, keep_best: bool) -> int:
-    """The most that checkpoints of `model` take: weights, two moments and the method's state, old and new, and twice
-    the best weights.
+    """The most that checkpoints of `model` take: weights, two moments and the method's state, and the best weights, of
+    the checkpoints that stay and of a new one.
 
-    The artifact is written when one of each is gone.
+    The artifact is written when the new one is gone.
     """
     weights = sum(p.nbytes for p in trained_parameters(model).values())
     state = sum(tensor.nbytes for tensor in method.state(model).values())
-    return weights * (2 * 3 + 2 * keep_best) + 2 * state
+    return (KEPT + 1) * (weights * (3 + keep_best) + state)
 
 
 def load_trained(model: nn.Module, file: Path) -> None:
@@ -169,46 +224,17 @@ def load_trained(model: nn.Module, file: Path) -> None:
         put(parameter, tensors[name])
 
 
-def random_state() -> dict[str, Any]:
-    """Every generator of this process, as tensors and plain values."""
-    import numpy as np
-    import torch
-
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": json.dumps(random.getstate()),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to what `random_state` returned."""
-    import numpy as np
-    import torch
-
-    version, internal, gauss = json.loads(state["python"])
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _check_same(place: Path, progress: Progress, fresh: Progress) -> None:
-    differing = [
-        what
-        for name, what in (
-            ("run_id", "configuration"),
-            ("data", "rows or tokenizer"),
-            ("processes", "number of processes"),
-        )
-        if getattr(progress, name) != getattr(fresh, name)
-    ]
-    if differing:
+def _accept(place: Path, progress: Progress, fresh: Progress, allowed: Collection[str]) -> None:
+    """Make the progress that of the run as it is now, if nothing has changed but what may."""
+    changes = progress.changes_to(fresh)
+    if refused := not_allowed(changes, allowed):
         raise ArtifactError(
-            f"{place} was written with another {' and '.join(differing)}; "
-            "continue with the same, or start again with output.overwrite=true"
+            f"{place} is of another run: {told(refused)}; go on with the same, {mend(refused)}; or start again with "
+            "output.overwrite=true"
         )
+    progress.changes += [
+        {"step": progress.step, "name": name, "before": before, "after": after}
+        for name, (before, after) in changes.items()
+    ]
+    progress.settings, progress.data, progress.weights = fresh.settings, fresh.data, fresh.weights
+    progress.processes = fresh.processes

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftkit.config import Run, run_id
+from peftkit.backbones.load import WEIGHTS_SHA256
+from peftkit.config import Run, settings_of
 from peftkit.data.collate import collate
 from peftkit.disk import require_space
 from peftkit.errors import TrainingError, UsageError
 from peftkit.evaluation import evaluate
-from peftkit.methods.base import numel, trained_parameters
+from peftkit.methods.base import trained_parameters
 from peftkit.prepare import Prepared
 from peftkit.session import claim, run_folder
 from peftkit.tasks.base import Scores
@@ -21,12 +22,15 @@ from peftkit.training.activations import recompute_activations
 from peftkit.training.checkpoint import Checkpoints, Progress
 from peftkit.training.gradients import gradients_of
 from peftkit.training.health import Health
-from peftkit.training.meter import EXPECTED, Meter, memory_growth_bytes, peak_memory_bytes
-from peftkit.training.optimizer import make_optimizer, make_schedule
+from peftkit.training.meter import EXPECTED, Meter
+from peftkit.training.optimizer import Moments, Position, make_optimizer, make_schedule
+from peftkit.training.random_state import random_state
 from peftkit.training.record import TrainRecord
 from peftkit.training.regularise import make_objective
+from peftkit.training.resuming import resumed
 from peftkit.training.sharding import is_sharded, place
 from peftkit.training.shortage import retried
+from peftkit.training.stopping import Stop
 from peftkit.training.supervision import supervision
 from peftkit.training.tracking import Log, learning_curve
 from peftkit.training.watch import pace_of
@@ -44,18 +48,19 @@ def train(
 ) -> TrainRecord:
     """Train what has `requires_grad`; leaves the best (or last) weights in `model`.
 
-    Continues from the newest checkpoint in the run folder, if there is one.
+    Continues from the newest checkpoint in the run folder, if there is one. SIGTERM and Ctrl-C end the training after
+    the step, with a checkpoint.
 
     A method that trains nothing takes no step.
 
     Raises:
         TrainingError: a loss that is not a number, or a batch without supervision.
-        ArtifactError: too little room on the disk, or a checkpoint that is damaged or not of this run.
+        ArtifactError: too little room on the disk, checkpoints of which none is whole, or one that is not of this run.
+        Interrupted: a signal ended it.
     """
     if not run.method.trains:
         claim(run, accelerator)
-        peak, total = peak_memory_bytes(accelerator.device.type), sum(map(numel, model.parameters()))
-        return TrainRecord(peak_memory_bytes=peak, total_parameters=total, processes=accelerator.num_processes)
+        return TrainRecord.of(model, accelerator)
     if run.method.start_from is not None and not hasattr(model, "started_from"):
         raise UsageError("method.start_from is set and not done: call start_from(run, data, backbone, model) before")
     require_space(run_folder(run), checkpoint.bytes_needed(model, run.method, run.training.keep_best))
@@ -94,11 +99,12 @@ class _Loop:
         # what they compare may be what dev is scored without
         self.metrics_on_dev = metrics if self.task_on_dev is run.task else ()
         self.objective = make_objective(run.task, settings, model)
-        self.epoch = 0
+        self.epoch, self.stop = 0, Stop(accelerator)
         self.folder = run_folder(run)
-        self.progress = Progress(run_id(run), data.fingerprint, accelerator.num_processes)
         self.health = Health(model, run.method)
-        states = {"optimizer": self.optimizer, "schedule": self.schedule}
+        weights = getattr(model, WEIGHTS_SHA256, "")
+        self.progress = Progress(settings_of(run), data.fingerprint, weights, accelerator.num_processes)
+        states = {"optimizer": Moments(self.optimizer), "schedule": Position(self.schedule)}
         if accelerator.scaler is not None:
             states["scaler"] = accelerator.scaler
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, model, run.method, states)
@@ -111,10 +117,7 @@ class _Loop:
         if accelerator.process_index:
             # dropout that fell alike in all processes would be less noise than one process has
             set_seed(self.run.training.seed + accelerator.process_index)
-        found = self.checkpoints.load(self.progress, accelerator.process_index)
-        if found:
-            self.progress = found
-            accelerator.print(f"continuing from step {found.step:,} of {self.total_steps:,}")
+        self.progress = resumed(self.checkpoints, self.progress, self.run, accelerator, self.total_steps)
         at = self.progress
         self.log = Log(self.folder, accelerator, at.step)
         self.meter = Meter(self.total_steps, at.step, at.tokens, at.seconds, accelerator.is_main_process)
@@ -124,14 +127,18 @@ class _Loop:
         settings, progress = self.run.training, self.progress
         ahead = batches.steps(self.lengths, settings.batch_size, settings.seed, settings.group_by_length, progress.step)
         self.model.train()
-        with self.meter:
+        with self.meter, self.stop:
             while progress.step < self.total_steps and not self._has_stalled():
                 self._train_step(*next(ahead))
-                if progress.step % self.every == 0 or progress.step == self.total_steps:
-                    self.meter.pause()
+                evaluates = progress.step % self.every == 0 or progress.step == self.total_steps
+                if not (evaluates or self._checkpoint_is_due() or self.stop.is_asked):
+                    continue
+                self.meter.pause()
+                if evaluates:
                     self._evaluate()
-                    self._save()
-                    self.meter.resume()
+                self._save()
+                self.stop.leave(progress.step)
+                self.meter.resume()
         return self._finish()
 
     def _train_step(self, epoch: int, batch: Sequence[int]) -> None:
@@ -178,7 +185,7 @@ class _Loop:
                 accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
         self.gradients.complete()
-        mean = float(accelerator.reduce(total, "sum")) / weight
+        mean = self.stop.summed(total) / weight
         if not math.isfinite(mean):
             where = diagnosis.of_loss(self.model, map(self._looked_into, parts))
             raise diagnosis.no_number("loss", mean, self.progress.step + 1, where, self.run.training)
@@ -257,12 +264,16 @@ class _Loop:
         patience = self.run.training.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
+    def _checkpoint_is_due(self) -> bool:
+        every = self.run.training.checkpoint_every
+        return every != "evaluation" and self.progress.step % every == 0
+
     def _save(self) -> None:
         from accelerate.utils import gather_object
 
         self.progress.tokens, self.progress.seconds = self.meter.tokens, self.meter.seconds
         self.pace.arrive()
-        random_states = gather_object([checkpoint.random_state()])
+        random_states = gather_object([random_state()])
         self.checkpoints.save(self.progress, random_states, self.accelerator.is_main_process)
 
     def _finish(self) -> TrainRecord:
@@ -277,20 +288,7 @@ class _Loop:
         if accelerator.is_main_process:
             learning_curve(progress, self.task_on_dev.headline, self.folder)
         self.model.eval()
-        growth = memory_growth_bytes(self.model, accelerator.device.type)
-        self.log.write(progress.step, {"memory_growth_bytes": growth, EXPECTED: getattr(self.model, EXPECTED, None)})
-        return TrainRecord(
-            steps=progress.step,
-            best_step=progress.best_step if keep_best else progress.step,
-            seconds=self.meter.seconds,
-            tokens=self.meter.tokens,
-            tokens_per_second=self.meter.tokens / max(self.meter.seconds, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(accelerator.device.type),
-            memory_growth_bytes=growth,
-            expected_memory_bytes=getattr(self.model, EXPECTED, None),
-            trainable_parameters=sum(map(numel, trained_parameters(self.model).values())),
-            total_parameters=sum(map(numel, self.model.parameters())),
-            processes=accelerator.num_processes,
-            losses=tuple(progress.losses),
-            evaluations=tuple(progress.evaluations),
-        )
+        record = TrainRecord.of(self.model, accelerator, progress, self.meter, keep_best)
+        memory = {"memory_growth_bytes": record.memory_growth_bytes, EXPECTED: record.expected_memory_bytes}
+        self.log.write(progress.step, memory)
+        return record

@@ -83,3 +83,49 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings, method: Metho
         }
         for (factor, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
+
+
+class Moments:
+    """What an optimizer remembers. Its settings are no part of that: they are those of the run as it is now."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own."""
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every parameter by its number, and the numbers of each group."""
+        whole = self._optimizer.state_dict()
+        groups = [{"params": group["params"]} for group in whole["param_groups"]]
+        return {"state": whole["state"], "param_groups": groups}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put it back into an optimizer over the same groups of parameters."""
+        own = self._optimizer.state_dict()["param_groups"]
+        if [one["params"] for one in own] != [one["params"] for one in saved["param_groups"]]:
+            raise UsageError("other parameters share a learning rate than in the checkpoint; set the method as it was")
+        self._optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
+class Position:
+    """Where in a schedule a run is; the rates are those of the run as it is now."""
+
+    def __init__(self, schedule: Any) -> None:
+        self._schedule = schedule
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps taken."""
+        return {"step": self._schedule.last_epoch}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Go there, as by as many calls of `step`."""
+        schedule, step = self._schedule, saved["step"]
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        factors = [factor(step) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate

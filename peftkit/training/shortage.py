@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftkit.errors import TrainingError
-from peftkit.training.checkpoint import random_state, restore_random_state
+from peftkit.training.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from peftkit.config import TrainingSettings
