@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py predict        writes benchmarks/results/plan_predictions.json
     python benchmarks/plan.py measure        runs each in a process of its own; writes benchmarks/results/plan.json
+    python benchmarks/plan.py table          prints both as the table of docs/plan.md
 
 Predictions are written, and committed, before anything is measured. Data and backbones come through pip, but for those
 under the folder that PEFTKIT_DATA names.
@@ -102,6 +103,26 @@ def compared(plan: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def table(names: list[str]) -> None:
+    """Print what was measured as Markdown."""
+    print(as_markdown(json.loads(RESULTS.read_text())["runs"]))
+
+
+def as_markdown(runs: dict[str, Any]) -> str:
+    """One row for each run: its peak under glibc's heap, and with `training.allocator: tight`."""
+    lines = [
+        "| run | predicted MiB | measured | error | `tight`: predicted | measured | error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in (one for one in RUNS if not one.endswith(", tight")):
+        cells = [name]
+        for row in (runs.get(name), runs.get(f"{name}, tight")):
+            figures = (f"{row['predicted_mib']:,.0f}", f"{row['measured_mib']:,.0f}") if row else ("", "")
+            cells += [*figures, f"{row['error_percent']:+.1f} %" if row else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def one(arguments: list[str]) -> None:
     """One run in this process; prints what it took."""
     from peftkit.config import load_run
@@ -117,6 +138,6 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.time()
     verb, *rest = sys.argv[1:]
-    {"predict": predict, "measure": measure, "one": one}[verb](rest)
-    if verb != "one":
+    {"predict": predict, "measure": measure, "one": one, "table": table}[verb](rest)
+    if verb in ("predict", "measure"):
         print(f"{time.time() - started:.0f} s")

@@ -33,7 +33,11 @@ HELD = {
 ARMS = {
     "sst2_head": ("SST-2 accuracy, head alone", "accuracy", ["training.max_steps=100", "training.evaluate_every=100"]),
     "sst2_lora": ("SST-2 accuracy, LoRA", "accuracy", ["training.max_steps=160", "training.evaluate_every=160"]),
-    "wikitext2_lora": ("WikiText-2 perplexity, LoRA", "perplexity", []),
+    "wikitext2_lora": (
+        "WikiText-2 perplexity, 2 steps of LoRA",
+        "perplexity",
+        ["task.data.limit=100", "training.max_steps=2", "training.evaluate_every=2"],
+    ),
 }
 """Configuration → title, figure, and what is shortened."""
 

@@ -284,6 +284,15 @@ print(json.dumps([code, time.process_time() - start, resource.getrusage(resource
 """
 
 
+def test_the_page_says_what_was_measured() -> None:
+    import runpy
+
+    root = Path(__file__).parents[1]
+    runs = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())["runs"]
+    page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(root / "benchmarks" / "plan.py"))["as_markdown"](runs) in page
+
+
 def test_seventy_billion_parameters_take_seconds_and_little_memory(tmp_path: Path, write_config: WriteConfig) -> None:
     from transformers import LlamaConfig
 
