@@ -162,8 +162,9 @@ class AdaLoRA(FromPeft):
         _allocation(model).skip(step)
 
     def may_stand_still(self, parameter: str) -> bool:
-        """Singular values start at zero, and those that are not kept are set to it."""
-        return ".lora_E" in parameter
+        """Singular values start at zero, without which their vectors have no gradient, and are set back to it where they
+        are not kept; `finish` checks what became of all."""
+        return ".lora_" in parameter
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         """Total rank, the budget that the schedule gives this step, and what `save` would write of the adapter."""
