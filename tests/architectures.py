@@ -29,7 +29,7 @@ _SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 64,
+    "intermediate_size": 40,
     "max_position_embeddings": 32,
     "initializer_range": 0.2,
     "pad_token_id": 0,
@@ -42,26 +42,26 @@ _STACKS = {"d_model": 32, "vocab_size": 48, "pad_token_id": 0, "eos_token_id": 2
 _BART = {
     f"{stack}_{name}": value
     for stack in ("encoder", "decoder")
-    for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+    for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 40}.items()
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": _SMALL,
     "roberta": _SMALL,
-    "distilbert": _SMALL | {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "distilbert": _SMALL | {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
     "electra": _SMALL | {"embedding_size": 16},
     "albert": _SMALL | {"embedding_size": 16},
     "deberta": _RELATIVE,
     "deberta-v2": _RELATIVE | {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"},
     "modernbert": _SMALL | {"cls_token_id": 1, "sep_token_id": 2},
     "mpnet": _SMALL,
-    "gpt2": _SMALL | {"n_inner": 64},
+    "gpt2": _SMALL | {"n_inner": 40},
     "gpt_neox": _SMALL,
     "llama": _GROUPED,
     "mistral": _GROUPED,
     "qwen2": _GROUPED,
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
-    "t5": _STACKS | {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    "t5": _STACKS | {"d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
     "bart": _STACKS | _BART | {"max_position_embeddings": 32, "init_std": 0.2, "bos_token_id": 1},
 }
 _DECODERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -87,9 +87,20 @@ class Place:
     quantization: Quantization | None = None
 
     @property
+    def changes(self) -> dict[str, Any]:
+        """What of the usual configuration is otherwise: blocks of 4-bit weights must fit its rows."""
+        return wider(self.architecture) if self.quantization else {}
+
+    @property
     def task(self) -> str:
         """The task as a short word: `SequenceClassification`."""
         return self.model_class.removeprefix("AutoModelFor")
+
+
+def wider(architecture: str) -> dict[str, Any]:
+    """A feed-forward network of 64 units for one of 40."""
+    names = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+    return {name: 64 for name in names if name in CONFIGS[architecture]}
 
 
 def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
@@ -105,12 +116,15 @@ def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
 def on_meta(place: Place) -> nn.Module:
     """Shapes without weights; counting leaves them as they are."""
     with torch.device("meta"):
-        model: nn.Module = getattr(transformers, place.model_class).from_config(tiny_config(place.architecture))
+        model: nn.Module = getattr(transformers, place.model_class).from_config(
+            tiny_config(place.architecture, **place.changes)
+        )
     return model
 
 
 def save_checkpoint(place: Place, root: Path, **changes: Any) -> Path:
     """A checkpoint in which no bias, normalisation or head is at its usual start."""
+    changes = place.changes | changes
     folder = root / "-".join([place.architecture, place.task, *map(str, changes.values())])
     if not folder.is_dir():
         torch.manual_seed(0)

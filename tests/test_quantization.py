@@ -11,7 +11,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from architectures import CONFIGS, IDS, MASK, SEQUENCE, Place, save_checkpoint, tiny_config
+from architectures import CONFIGS, IDS, MASK, SEQUENCE, Place, save_checkpoint, tiny_config, wider
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -273,7 +273,7 @@ def stock_bert(width: int) -> Any:
 def test_every_architecture_computes_with_the_values_of_its_codes(architecture: str, settings: Quantization) -> None:
     """T5 reads the dtype of one of its weights, and would cast activations to whole numbers were that one packed."""
     torch.manual_seed(0)
-    model: Any = AutoModel.from_config(tiny_config(architecture)).eval()
+    model: Any = AutoModel.from_config(tiny_config(architecture, **wider(architecture))).eval()
     names, layout = list(model.state_dict()), layout_for(architecture, model)
     chosen = quantize(model, layout, settings)
     whole = dequantize(copy.deepcopy(model))
@@ -473,6 +473,6 @@ def test_a_checkpoint_that_was_quantised_before_is_refused(
 
 
 def test_the_contracts_checkpoints_fit_blocks_of_32(tmp_path: Path) -> None:
-    place = Place("llama", SEQUENCE)
+    place = Place("llama", SEQUENCE, NF4(block_size=32))
     model = AutoModelForSequenceClassification.from_pretrained(save_checkpoint(place, tmp_path))
     assert quantize(model, wrap(model).layout, NF4(block_size=32))

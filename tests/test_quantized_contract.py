@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from architectures import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Place, on_meta, save_checkpoint
+from architectures import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Place, save_checkpoint
 from contract import TASK, Reloader, attached, check_cell
 from contract_variants import VARIANTS, Variant
 
@@ -42,8 +42,3 @@ def test_contract(variant: Variant, place: Place, contract_root: Path, tmp_path:
         assert attached(variant, Place(place.architecture, place.model_class), checkpoint) == model
         return
     check_cell(variant, place, checkpoint, tmp_path / "saved", reloader, model)
-
-
-def test_shapes_alone_are_counted_alike() -> None:
-    for place in PLACES:
-        assert on_meta(place).num_parameters() == on_meta(Place(place.architecture, place.model_class)).num_parameters()

@@ -105,7 +105,7 @@ def _problems(config: dict[str, Any], method: Method) -> Iterator[str]:
 
 def peft_type(method: Method) -> str:
     """peft's name for the method as it is saved."""
-    known = {"adalora": "LORA", "prompt": "PROMPT_TUNING", "p_tuning": "PROMPT_TUNING"}
+    known = {"adalora": "LORA", "prompt": "PROMPT_TUNING"}
     return known.get(method.kind) or str(getattr(method, "type", method.kind)).upper()
 
 

@@ -67,7 +67,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def mend(model: nn.Module) -> nn.Module:
-    """Let layers that somebody else packed with bitsandbytes compute as peftkit's do, in place.
+    """Let 4-bit layers that somebody else packed with bitsandbytes compute as peftkit's do, in place.
 
     On a CPU, bitsandbytes' own 4-bit layers give no gradients once the model was evaluated.
 

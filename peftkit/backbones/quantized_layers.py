@@ -48,12 +48,12 @@ class EightBitLinear(Linear8bitLt):
     """The same, with W = codes · scale / 127 for each output row."""
 
     was_transposed = False
-    compute_dtype: torch.dtype | None
+    compute_dtype: torch.dtype
     scales: Tensor
     """One for each output; the largest magnitude of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype or x.dtype
+        dtype = self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         product: Tensor = _Product.apply(x.to(dtype), self.weight, bias, self)
         return product.to(x.dtype)
@@ -131,7 +131,7 @@ def rows_of(layer: Any, rows: Tensor) -> nn.Module:
 
 
 def adopt(module: Any) -> None:
-    """Give one of bitsandbytes' own packed layers the forward pass of ours; leave every other module alone.
+    """Give one of bitsandbytes' own 4-bit layers the forward pass of ours; leave every other module alone.
 
     Raises:
         BackboneError: blocks that do not fit its rows, whose weights the CPU has wrong.
@@ -141,11 +141,6 @@ def adopt(module: Any) -> None:
             refuse_ragged(type(module).__name__, module.in_features, module.weight.quant_state.blocksize)
             module.state_dict()  # the one public way to undo the packing of an evaluation on a CPU
             module.__class__, module.quant_state = FourBitLinear, module.weight.quant_state
-    elif type(module) is Linear8bitLt and module.weight.dtype == torch.int8:
-        found: Any = module
-        scales = found.weight.SCB if found.state.SCB is None else found.state.SCB
-        found.__class__, found.compute_dtype = EightBitLinear, None
-        found.register_buffer("scales", scales, persistent=False)
 
 
 def refuse_ragged(name: str, inputs: int, block_size: int) -> None:
@@ -274,7 +269,7 @@ def _eight_bit(weight: Tensor, settings: Int8) -> Any:
     return _eight_bit_layer(codes, scales, getattr(torch, settings.compute_dtype))
 
 
-def _eight_bit_layer(codes: Tensor, scales: Tensor, compute_dtype: torch.dtype | None) -> Any:
+def _eight_bit_layer(codes: Tensor, scales: Tensor, compute_dtype: torch.dtype) -> Any:
     layer: Any = EightBitLinear(codes.shape[1], codes.shape[0], False, has_fp16_weights=False, device="meta")
     layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     layer.compute_dtype = compute_dtype

@@ -162,8 +162,8 @@ class AdaLoRA(FromPeft):
         _allocation(model).skip(step)
 
     def may_stand_still(self, parameter: str) -> bool:
-        """Singular values start at zero, without which their vectors have no gradient, and are set back to it where they
-        are not kept; `finish` checks what became of all."""
+        """While a singular value is zero, as at the start and once it is not kept, its vectors have no gradient;
+        `finish` checks what became of all."""
         return ".lora_" in parameter
 
     def figures(self, model: nn.Module) -> dict[str, float]:
