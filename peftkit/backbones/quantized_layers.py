@@ -136,11 +136,11 @@ def adopt(module: Any) -> None:
     Raises:
         BackboneError: blocks that do not fit its rows, whose weights the CPU has wrong.
     """
-    if type(module) in (Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4):
-        if module.weight.quant_state is not None:
-            refuse_ragged(type(module).__name__, module.in_features, module.weight.quant_state.blocksize)
-            module.state_dict()  # the one public way to undo the packing of an evaluation on a CPU
-            module.__class__, module.quant_state = FourBitLinear, module.weight.quant_state
+    stock = type(module) in (Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4)
+    if stock and module.weight.quant_state is not None:
+        refuse_ragged(type(module).__name__, module.in_features, module.weight.quant_state.blocksize)
+        module.state_dict()  # the one public way to undo the packing of an evaluation on a CPU
+        module.__class__, module.quant_state = FourBitLinear, module.weight.quant_state
 
 
 def refuse_ragged(name: str, inputs: int, block_size: int) -> None:
