@@ -107,17 +107,17 @@ def _recorded(cell: dict[str, Any], gradients: dict[str, Any], facts: dict[str, 
 
     update, accumulate, save = _Loop._update, _Loop._accumulate, _Loop._save
 
-    def recording(loop: Any) -> float:
+    def recording(loop: Any, rate: float) -> float:
         for name, parameter in trained_parameters(loop.model).items():
             if parameter.grad is not None:
                 gradients[f"{loop.progress.step}:{name}"] = whole(parameter.grad).detach().clone().contiguous()
-        return update(loop)
+        return update(loop, rate)
 
-    def counting(loop: Any, batch: Any) -> float:
+    def counting(loop: Any, batch: Any, size: int) -> float:
         if not cell.get("count") or loop.progress.step != COUNTED_STEP:
-            return accumulate(loop, batch)
+            return accumulate(loop, batch, size)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            loss = accumulate(loop, batch)
+            loss = accumulate(loop, batch, size)
         names = [event.name for event in profile.events() if event.name.startswith("gloo:")]
         facts["messages"] = {name: names.count(name) for name in sorted(set(names))}
         return loss

@@ -134,7 +134,7 @@ def test_a_parameter_that_stands_still_stops_the_training(
 
     def idle(model: nn.Module) -> None:
         part = model.get_submodule("base_model.model.classifier")
-        part.register_parameter("still", nn.Parameter(torch.ones(2)))
+        part.register_parameter("still", nn.Parameter(torch.ones(2, 2)))
         part.register_forward_hook(lambda module, _, output: output + 0.0 * module.still.sum())
 
     monkeypatch.setattr(LoRA, "attach", attached(idle))
@@ -281,18 +281,18 @@ def test_other_errors_are_not_taken_for_it(write_config: WriteConfig) -> None:
 def test_every_method_may_name_what_stands_still() -> None:
     class Still(BitFit):
         def may_stand_still(self, parameter: str) -> bool:
-            return parameter == "bias"
+            return parameter == "weight"
 
     model = nn.Linear(2, 2)
     health = Health(model, Still())
-    model.weight.data += 1
+    model.bias.data += 1
     for _ in range(3):
         health.after_step(0.1)
     health = Health(model, BitFit())
-    model.weight.data += 1
+    model.bias.data += 1
     health.after_step(0.0)
     health.after_step(0.1)
     health.after_step(0.1)
-    with pytest.raises(TrainingError, match="'bias' should train and has not changed"):
+    with pytest.raises(TrainingError, match="'weight' should train and has not changed"):
         health.after_step(0.1)
     assert len(trained_parameters(model)) == 2

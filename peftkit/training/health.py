@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftkit.errors import TrainingError
 from peftkit.methods.base import Method, trained_parameters
+from peftkit.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +59,14 @@ class Health:
         if self._start is None or self._steps < SETTLED:
             return
         trained, start = trained_parameters(self._model), self._start
-        still = [name for name, p in trained.items() if p.numel() and _sums(p) == start[name]]
+        moved = _anywhere([_sums(p) != start[name] for name, p in trained.items()], self._model)
+        # attention does not depend on the bias of its keys, so a vector that stands still may be right
+        vectors = any(moved)
+        still = [
+            name
+            for (name, p), has_moved in zip(trained.items(), moved, strict=True)
+            if not has_moved and not (vectors and p.ndim < 2)
+        ]
         still = [name for name in still if not self._method.may_stand_still(name)]
         self._start = None
         if still:
@@ -102,6 +110,18 @@ def _own(parameter: Tensor) -> Tensor:
 
     held = parameter.detach()
     return held.to_local() if isinstance(held, DTensor) else held.data
+
+
+def _anywhere(flags: list[bool], model: nn.Module) -> list[bool]:
+    """What is so here, or in any process where they hold shares of the model: only some rows of an embedding move."""
+    if not is_sharded(model):
+        return flags
+    import torch
+    from torch.distributed import ReduceOp, all_reduce
+
+    found = torch.tensor(flags, dtype=torch.int32, device=_own(next(model.parameters())).device)
+    all_reduce(found, ReduceOp.MAX)
+    return [bool(one) for one in found.tolist()]
 
 
 def _sums(parameter: Tensor) -> tuple[float, float]:
