@@ -164,7 +164,7 @@ class AdaLoRA(FromPeft):
     def may_stand_still(self, parameter: str) -> bool:
         """While a singular value is zero, as at the start and once it is not kept, its vectors have no gradient;
         `finish` checks what became of all."""
-        return ".lora_" in parameter
+        return ".lora_" in parameter or super().may_stand_still(parameter)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         """Total rank, the budget that the schedule gives this step, and what `save` would write of the adapter."""
