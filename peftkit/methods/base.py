@@ -147,8 +147,10 @@ class Method(Section, ABC):
         return
 
     def may_stand_still(self, parameter: str) -> bool:
-        """Whether a parameter that trains may stay as it is without anything being wrong, as embeddings of new tokens that
-        no row of the first batches has."""
+        """Whether a parameter that trains may stay as it is without anything being wrong.
+
+        Embeddings of new tokens may: the first batches need not hold them.
+        """
         return "new_tokens" in parameter.split(".")
 
     def figures(self, model: nn.Module) -> dict[str, float]:
