@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -291,6 +291,15 @@ def test_the_page_says_what_was_measured() -> None:
     runs = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())["runs"]
     page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(root / "benchmarks" / "plan.py"))["as_markdown"](runs) in page
+
+
+def test_every_optimizer_can_be_planned() -> None:
+    from peftkit.config import TrainingSettings
+    from peftkit.planning.estimate import TEMPORARIES
+    from peftkit.planning.states import OF_ONE
+
+    names = set(get_args(TrainingSettings.model_fields["optimizer"].annotation))
+    assert OF_ONE.keys() == TEMPORARIES.keys() == names
 
 
 def test_seventy_billion_parameters_take_seconds_and_little_memory(tmp_path: Path, write_config: WriteConfig) -> None:

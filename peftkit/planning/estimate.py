@@ -34,6 +34,8 @@ EVALUATION_HEAP = 1.35
 """The same while nothing is kept for a backward pass."""
 LIBRARIES = {"torch's kernels, transformers": 115 * MIB, "peft": 54 * MIB, "metrics": 125 * MIB}
 """Resident parts of libraries that come after the backbone; measured."""
+TEMPORARIES = {"adamw": 2, "paged_adamw": 2, "sgd": 1, "adafactor": 3, "adamw_8bit": 1}
+"""Float32 copies of a parameter that an optimizer makes to update it."""
 SHARDING = ("none", "ddp", "fsdp2")
 
 
@@ -194,7 +196,7 @@ def _update_transient(run: Run, trace: Trace, machine: Machine) -> int:
     """Temporaries of an optimizer step: on GPUs torch's AdamW takes all parameters at once, elsewhere one by one."""
     if run.training.optimizer == "adamw" and machine.kind == "gpu":
         return trace.trained
-    return {"adamw": 2, "sgd": 1, "adafactor": 3, "adamw_8bit": 1}[run.training.optimizer] * 4 * trace.largest_trained
+    return TEMPORARIES[run.training.optimizer] * 4 * trace.largest_trained
 
 
 def in_gib(size: float) -> str:

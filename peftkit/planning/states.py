@@ -21,8 +21,7 @@ COUNTER = 4
 
 def optimizer_bytes(name: str, parameters: Iterable[Tensor]) -> int:
     """The state of `training.optimizer` after its first step over `parameters`."""
-    of_one = {"adamw": _adamw, "sgd": _momentum, "adafactor": _adafactor, "adamw_8bit": _eight_bit}[name]
-    return sum(map(of_one, parameters))
+    return sum(map(OF_ONE[name], parameters))
 
 
 def _adamw(parameter: Tensor) -> int:
@@ -47,3 +46,13 @@ def _eight_bit(parameter: Tensor) -> int:
     if count < SMALL:
         return 8 * count
     return 2 * (count + 4 * -(-count // BLOCK)) + CODES
+
+
+OF_ONE = {
+    "adamw": _adamw,
+    "paged_adamw": _adamw,  # the same moments, which may leave a GPU's memory when that is short
+    "sgd": _momentum,
+    "adafactor": _adafactor,
+    "adamw_8bit": _eight_bit,
+}
+"""By `training.optimizer`: what it keeps of one parameter."""
