@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import sentiment_rows
 from safetensors.torch import load_file, save_file
 
@@ -253,6 +254,23 @@ def test_a_manifest_that_names_another_sub_folder(folder: Path) -> None:
     sign(folder, artifact="../../elsewhere")
     with pytest.raises(ArtifactError, match="names another sub-folder than method 'lora' writes"):
         load_run(folder)
+
+
+def test_going_on_from_a_run_looks_at_it_as_loading_does(
+    folder: Path, tiny_bert: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {split: str(toy_data / f"sentiment_{split}.jsonl") for split in ("train", "dev", "test")}
+    config = {
+        "backbone": {"name": str(tiny_bert)},
+        "task": {"kind": "sequence_classification", "data": data, "max_length": 16},
+        "method": {"kind": "lora", "rank": 2, "start_from": str(folder)},
+        "training": {"learning_rate": 0.01, "max_steps": 1},
+        "output": {"folder": str(tmp_path / "second")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    sign(folder, artifact="../elsewhere")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 1
+    assert "names another sub-folder than method 'lora' writes" in capsys.readouterr().err
 
 
 def test_what_was_saved_here_is_read(genuine: Path) -> None:

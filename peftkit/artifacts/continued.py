@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_config
-from peftkit.artifacts.vetting import check_artifact, check_names
+from peftkit.artifacts.vetting import vetted
 from peftkit.backbones.load import Backbone, Head
 from peftkit.config import Run
 from peftkit.disk import file_sha256
@@ -33,12 +32,8 @@ def start_from(run: Run, data: Prepared, backbone: Backbone, model: nn.Module) -
     if run.method.start_from is None:
         return
     folder = Path(run.method.start_from).expanduser()
-    manifest = read_manifest(folder)
-    check_names(folder, manifest)
-    check_files(folder, manifest)
-    config = read_saved_config(folder)
+    manifest, config = vetted(folder)
     saved = config.method
-    check_artifact(folder / saved.artifact, saved)
     if saved.kind != run.method.kind:
         raise UsageError(
             f"method.start_from: {folder} was trained with method '{saved.kind}', and a '{run.method.kind}' cannot "

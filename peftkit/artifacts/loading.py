@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_config
-from peftkit.artifacts.vetting import check_artifact, check_names
+from peftkit.artifacts.manifest import read_manifest
+from peftkit.artifacts.vetting import vetted
 from peftkit.backbones.dropout import NAMES
 from peftkit.backbones.load import (
     Backbone,
@@ -64,14 +64,7 @@ def load_run(folder: str | Path) -> SavedRun:
         ArtifactError: files changed since they were written, or the backbone's weights are others.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_names(folder, manifest)
-    check_files(folder, manifest)
-    run = read_saved_config(folder)
-    if manifest["artifact"] != run.method.artifact:
-        raise ArtifactError(f"{folder}: its manifest names another sub-folder than method '{run.method.kind}' writes")
-    if run.method.trains:
-        check_artifact(folder / run.method.artifact, run.method)
+    manifest, run = vetted(folder)
     settings = _found_again(run.backbone, manifest)
     merge_backbone(run.model_copy(update={"backbone": settings}))
     head = Head.from_dict(manifest["head"])

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_config
+from peftkit.config import Run
 from peftkit.errors import ArtifactError
 from peftkit.methods.base import Method
 from peftkit.tensor_files import parse_object, plain_size, read_header
@@ -28,6 +30,25 @@ EMPTY = (
 )
 """Fields of peft's that import, repeat or choose modules; peftkit writes none of them."""
 SIZES = ("r", "rank", "num_virtual_tokens", "oft_block_size", "n_frequency", "init_r", "target_r")
+
+
+def vetted(folder: Path) -> tuple[dict[str, Any], Run]:
+    """Manifest and configuration of a finished run whose files are those that were written, and nothing but weights.
+
+    Raises:
+        UsageError: `folder` is not a finished run.
+        ArtifactError: files changed since they were written, or could be something else than a saved run.
+    """
+    manifest = read_manifest(folder)
+    check_names(folder, manifest)
+    check_files(folder, manifest)
+    run = read_saved_config(folder)
+    method = run.method
+    if manifest["artifact"] != method.artifact:
+        raise ArtifactError(f"{folder}: its manifest names another sub-folder than method '{method.kind}' writes")
+    if method.trains:
+        check_artifact(folder / method.artifact, method)
+    return manifest, run
 
 
 def check_names(folder: Path, manifest: dict[str, Any]) -> None:
