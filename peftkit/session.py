@@ -54,6 +54,11 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
         # Accelerate would train in float32 without a word
         raise UsageError("training.precision: fp16 needs a GPU; use bf16 or fp32 here")
     check_optimizer(run.training.optimizer, accelerator.device.type)
+    if run.training.on_out_of_memory == "split" and accelerator.num_processes > 1:
+        raise UsageError(
+            "training.on_out_of_memory: split is for one process, because the others would wait for one that takes its "
+            "step again; leave it out and lower training.micro_batch_size"
+        )
     if run.training.allocator == "tight" and accelerator.device.type == "cpu" and not give_back_freed_blocks():
         raise UsageError("training.allocator: tight is for Linux with glibc; leave it out here")
     if run.backbone.quantization is not None:

@@ -252,6 +252,18 @@ def test_without_leave_to_split_it_is_told_what_to_change(
     assert "training.gradient_checkpointing: true" in error
 
 
+def test_several_processes_are_not_split(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: Told
+) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr("peftkit.session.check_processes", lambda actual: None)
+    monkeypatch.setattr("peftkit.training.watch.start", lambda accelerator: None)
+    assert main(["train", str(write_config()), "training.on_out_of_memory=split"]) == 2
+    assert "on_out_of_memory: split is for one process" in capsys.readouterr().err
+
+
 def test_one_example_that_does_not_fit_is_told(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: Told
 ) -> None:
