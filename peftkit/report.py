@@ -96,7 +96,7 @@ def report(run: Run, record: TrainRecord, evaluations: Mapping[str, Evaluation])
     )
     if record.memory_growth_bytes is not None and record.expected_memory_bytes is not None:
         expected, took = record.expected_memory_bytes, record.memory_growth_bytes
-        say(f"memory of model, training and evaluation: {in_gib(took)}, of {in_gib(expected)} expected at most")
+        say(f"memory of model, training and evaluation: {in_gib(took)}, where {in_gib(expected)} were expected")
     saved = saved_parameters(run_folder(run) / run.method.artifact)
     fewer = f" of the {record.trainable_parameters:,} that trained" if saved < record.trainable_parameters else ""
     say(f"saved to {run.output.folder}: {saved:,} parameters{fewer}")

@@ -293,6 +293,20 @@ def test_the_page_says_what_was_measured() -> None:
     assert runpy.run_path(str(root / "benchmarks" / "plan.py"))["as_markdown"](runs) in page
 
 
+def test_a_training_is_expected_to_share_what_its_processes_share() -> None:
+    from types import SimpleNamespace
+
+    from peftkit.planning.announced import _sharding
+    from peftkit.planning.estimate import SHARDING
+    from peftkit.training.sharding import Sharding
+
+    found = [
+        _sharding(SimpleNamespace(num_processes=processes, sharding=sharding))
+        for processes, sharding in ((1, None), (2, None), (2, Sharding()))
+    ]
+    assert tuple(found) == SHARDING == ("none", "ddp", "fsdp2")
+
+
 def test_every_optimizer_can_be_planned() -> None:
     from peftkit.config import TrainingSettings
     from peftkit.planning.estimate import TEMPORARIES

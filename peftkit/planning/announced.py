@@ -50,12 +50,19 @@ def _expected(run: Run, data: Prepared, accelerator: Any) -> Expected:
         data.head,
         from_data(run, data, processes, weigher(run)),
         _device(accelerator),
-        "ddp" if processes > 1 else "none",
+        _sharding(accelerator),
     )
     phase = max(found.phases, key=found.phases.__getitem__)
     rows, length = found.work.evaluation_shape if phase == "evaluation" else found.work.shape
     less = "" if found.fits else f", MORE THAN the {in_gib(found.limit)} that are free: see `peftkit plan`"
-    return Expected(found.peak, f"about {in_gib(found.peak)} at most, in {phase} ({rows} × {length} tokens){less}")
+    return Expected(found.peak, f"a peak of about {in_gib(found.peak)}, in {phase} ({rows} × {length} tokens){less}")
+
+
+def _sharding(accelerator: Any) -> str:
+    """How its processes share the work."""
+    if accelerator.num_processes == 1:
+        return "none"
+    return "fsdp2" if getattr(accelerator, "sharding", None) else "ddp"
 
 
 def _device(accelerator: Any) -> Machine:
