@@ -22,7 +22,13 @@ from peftkit.artifacts.manifest import read_manifest
 LIMIT = 240
 """Seconds that a job may take on a busy machine."""
 MINUTE = 60
-STOCK = "from accelerate import Accelerator\nprint('processes:', Accelerator().num_processes)\n"
+STOCK = """
+import sys
+from accelerate import Accelerator
+
+sys.stdout.write(f"processes: {Accelerator().num_processes}\\n")
+"""
+"""One write a process: the parts of a `print` of two processes mix in their common output."""
 STUCK_METRIC = """
 import os
 import time
