@@ -28,12 +28,8 @@ STEPS = 21
 KILLS: tuple[tuple[str, int], ...] = (
     ("step", 2),  # before there is a checkpoint
     ("file", 9),
-    ("step", 5),
     ("step", 7),  # the end of an epoch, before it is scored
     ("file", 40),
-    ("step", 13),
-    ("file", 55),
-    ("step", 19),
     ("step", 21),
 )
 """One after the other in the same run; each goes on from the newest checkpoint, of every third step and every epoch."""
@@ -94,6 +90,8 @@ def assert_same(one: Path, other: Path) -> None:
             event.pop("tokens_per_second", None)
     hexed = [[{key: float(value).hex() for key, value in event.items()} for event in log] for log in logs]
     assert hexed[0] == hexed[1]
+    tokens = [json.loads((run / "manifest.json").read_text())["training"]["tokens"] for run in (one, other)]
+    assert tokens[0] == tokens[1]
     assert [event["step"] for event in logs[0] if "loss" in event] == list(range(1, STEPS + 1))
     (weights,) = one.glob("*/*.safetensors")
     for file in (weights, one / "predictions.jsonl", one / "scores.json"):
@@ -104,12 +102,16 @@ def assert_same(one: Path, other: Path) -> None:
 def test_a_run_that_is_killed_again_and_again(method: str, killer: Killer, folder: Path) -> None:
     for moment in KILLS:
         assert train(killer, folder, method, "killed", moment=moment) == [KILLED], killer.said
+        assert not (folder / method / "killed" / "manifest.json").exists()
+        with (folder / method / "killed" / "log.jsonl").open("a") as log:
+            log.write('{"step": 99, "lo')
     assert train(killer, folder, method, "killed") == [0], killer.said
     assert f"continuing from step {STEPS - 3} of {STEPS}" in killer.said
     assert_same(folder / method / "killed", whole(killer, folder, method))
+    assert not (folder / method / "killed" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("operation", range(3, 120, 13))
+@pytest.mark.parametrize("operation", range(3, 110, 26))
 def test_killed_at_any_operation_on_a_file(operation: int, killer: Killer, folder: Path) -> None:
     name = f"file{operation}"
     assert train(killer, folder, "lora", name, moment=("file", operation)) == [KILLED], killer.said
@@ -119,7 +121,7 @@ def test_killed_at_any_operation_on_a_file(operation: int, killer: Killer, folde
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_two_processes_of_which_either_is_killed(method: str, killer: Killer, folder: Path) -> None:
-    for rank, moment in ((1, ("step", 4)), (0, ("step", 7)), (0, ("file", 50)), (1, ("step", 17))):
+    for rank, moment in ((1, ("step", 4)), (0, ("file", 50)), (1, ("step", 17))):
         codes = train(killer, folder, method, "two", moment=moment, processes=2, rank=rank)
         assert codes == [KILLED, KILLED], killer.said
     assert train(killer, folder, method, "two", processes=2) == [0, 0], killer.said

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -389,42 +385,6 @@ def test_the_last_weights_stay_when_the_best_are_not_asked_for(fit: Callable[...
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------
-
-
-def _killed_after_a_checkpoint(config: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "peftkit.cli", "train", str(config), f"output.folder={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (folder / "manifest.json").exists()
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    kind: str, write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    method = LORA | {"dropout": 0.1} if kind == "lora" else {"kind": "full"}
-    training = TRAINING | {"learning_rate": 0.002, "epochs": 10, "evaluate_every": 7}
-    config = write_config(method=method, training=training)
-    _killed_after_a_checkpoint(config, tmp_path / "killed")
-    with (tmp_path / "killed" / "log.jsonl").open("a") as log:
-        log.write('{"step": 99, "lo')
-    assert main(["train", str(config), f"output.folder={tmp_path / 'killed'}"]) == 0
-    assert "continuing from step" in capfd.readouterr().out
-    assert main(["train", str(config), f"output.folder={tmp_path / 'whole'}"]) == 0
-
-    assert _bytes(tmp_path / "killed") == _bytes(tmp_path / "whole")
-    for key in ("loss", "learning_rate", "gradient_norm", "dev_accuracy"):
-        killed, whole = ([e[key] for e in _events(tmp_path / name, key)] for name in ("killed", "whole"))
-        assert killed == whole
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("killed", "whole")]
-    assert manifests[0]["scores"] == manifests[1]["scores"]
-    assert manifests[0]["training"]["tokens"] == manifests[1]["training"]["tokens"]
-    assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
 @pytest.fixture
