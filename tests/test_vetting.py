@@ -250,6 +250,42 @@ def test_a_manifest_that_names_files_elsewhere(folder: Path, name: str) -> None:
         load_run(folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format": ' + b"[" * 10**5, "manifest.json is damaged"),
+        (b'{"format": 1, "format": 1}', "the key 'format' is there twice"),
+        (b"[]", "it holds no JSON object"),
+        (b"\xff{}", "manifest.json is damaged"),
+        (b" " * 2**26 + b"{}", "manifest.json is larger than 67,108,864 bytes; it is no manifest of a run"),
+    ],
+    ids=["deep nesting", "a repeated key", "no object", "not UTF-8", "huge"],
+)
+def test_a_manifest_that_is_none(folder: Path, content: bytes, message: str) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ArtifactError) as caught:
+        load_run(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": {"model_class": 5}}, "manifest.json is damaged: head.model_class: Input should be a valid string"),
+        ({"head": {"model_class": "AutoModel", "more": 1}}, "head.more: Unexpected keyword argument"),
+        ({"backbone": []}, "manifest.json is damaged: backbone: "),
+        ({"artifact": None}, "manifest.json is damaged: artifact: Input should be a valid string"),
+        ({"files": {"run.yaml": 1}}, "manifest.json is damaged: files.run.yaml: Input should be a valid string"),
+    ],
+    ids=["a number for a name", "one name more", "a list for an object", "nothing", "no hash"],
+)
+def test_a_manifest_of_other_types(folder: Path, changes: dict[str, Any], message: str) -> None:
+    sign(folder, **changes)
+    with pytest.raises(ArtifactError) as caught:
+        load_run(folder)
+    assert message in str(caught.value)
+
+
 def test_a_manifest_that_names_another_sub_folder(folder: Path) -> None:
     sign(folder, artifact="../../elsewhere")
     with pytest.raises(ArtifactError, match="names another sub-folder than method 'lora' writes"):
