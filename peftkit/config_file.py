@@ -251,7 +251,7 @@ def _apply(document: Document, override: str) -> None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise UsageError(f"'{override}': '{key}' holds a value, not a section")
+            raise UsageError(f"'{shown(override)}': '{key}' holds a value, not a section")
     target[keys[-1]] = value
     for known in [known for known in document.lines if known[: len(keys)] == keys]:
         del document.lines[known]
@@ -267,10 +267,10 @@ def _parse_value(text: str, override: str) -> Any:
     except ConfigError as error:
         problem = error.problems[0].partition(": ")[2]
         hint = "; put the value in quotes if it is text" if "not valid YAML" in problem else ""
-        raise UsageError(f"'{override}': {problem}{hint}") from error
+        raise UsageError(f"'{shown(override)}': {problem}{hint}") from error
     # ` #` starts a comment, which on a command line nobody means
     if len(node.value) != 1 or node.value[0][1].end_mark.index < len(line.rstrip()):
-        raise UsageError(f"'{override}': only a part of the value would be read; put it in quotes")
+        raise UsageError(f"'{shown(override)}': only a part of the value would be read; put it in quotes")
     return tree["value"]
 
 

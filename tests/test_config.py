@@ -402,7 +402,7 @@ def test_the_last_of_equal_overrides_wins() -> None:
         ("training.seed=[1", "'training.seed=[1': not valid YAML"),
         ("output.folder=a: b", "'output.folder=a: b': not valid YAML"),
         ("task.data.train=a #1.tsv", "'task.data.train=a #1.tsv': only a part of the value would be read"),
-        ("output.folder=a\nb: c", "'output.folder=a\nb: c': only a part of the value would be read"),
+        ("output.folder=a\nb: c", "'output.folder=a\\nb: c': only a part of the value would be read"),
         ("method={kind: full, kind: lora}", "'method={kind: full, kind: lora}': 'value.kind' stands here"),
     ],
 )
@@ -695,3 +695,8 @@ def test_a_terminal_is_not_told_what_it_would_act_on() -> None:
 def test_an_override_of_what_is_no_key(override: str) -> None:
     with pytest.raises(UsageError, match=r"is no key of a configuration; write it as section\.key=value"):
         overridden(override)
+
+
+def test_an_override_with_half_a_character_is_told_without_it() -> None:
+    with pytest.raises(UsageError, match=r"^'output.folder=\\ud800': not valid YAML: character"):
+        overridden("output.folder=\ud800")

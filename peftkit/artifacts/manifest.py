@@ -9,16 +9,21 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftkit.backbones.load import Head
+from peftkit.backbones.task_model import MODEL_CLASSES
 from peftkit.config import Run
 from peftkit.config import load_run as load_config
 from peftkit.disk import file_sha256, manifest_sha256
 from peftkit.errors import ArtifactError, ConfigError, UsageError
+from peftkit.schema import shown
 from peftkit.session import MANIFEST, RUN_FILE
 from peftkit.tensor_files import parse_object, plain_size
 
 FORMAT = 1
 MOST_BYTES = 2**26
 """Of a manifest; labels and tokens that a run added are the longest part of it."""
+
+MOST_NAMES = 2**16
+"""Labels, or tokens that a task added."""
 
 
 class _Origin(BaseModel):
@@ -71,7 +76,15 @@ def _check_shape(file: Path, manifest: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{file} is damaged: {place}: {first['msg']}; restore it, or train again") from None
+        raise ArtifactError(f"{file} is damaged: {shown(place)}: {first['msg']}; restore it, or train again") from None
+    head = Head.from_dict(manifest["head"])
+    if head.model_class not in MODEL_CLASSES:
+        raise ArtifactError(f"{file}: head.model_class '{shown(head.model_class)}' is no class of a task; restore it")
+    if (
+        not 0 <= (head.outputs or 0) <= max(2, len(head.labels))
+        or max(map(len, (head.labels, head.new_tokens))) > MOST_NAMES
+    ):
+        raise ArtifactError(f"{file}: the head has more outputs, labels or new tokens than a task gives it; restore it")
 
 
 def read_saved_config(folder: Path) -> Run:
