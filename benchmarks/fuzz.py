@@ -4,9 +4,9 @@
 
 config: configuration files, through `peftkit validate`. adapters: folders of finished runs whose manifests fit them,
 through `peftkit predict`. data: data files of every format, through `peftkit audit` and what prepares training. A
-finding is an exception that peftkit did not raise on purpose, more than 10 seconds, or more than a GiB of memory for
-one input. Needs hypothesis, which comes with the extra `test`. What was found, or that nothing was, goes to
-results/fuzz.json; the exit code is 1 where something was.
+finding is an exception that peftkit did not raise on purpose, more than 10 seconds of the processor (or 60 of waiting),
+or more than a GiB of memory for one input. Needs hypothesis, which comes with the extra `test`. What was found, or that
+nothing was, goes to results/fuzz.json; the exit code is 1 where something was.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 ROUND = 250
 """Inputs that are drawn from one seed."""
-STUCK = 60
+STUCK = 120
 """Seconds after which an input that Python cannot interrupt ends the process, with a traceback."""
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.fuzzing.adapters import Adapters
 from peftkit.artifacts.store import load_run
+from peftkit.backbones.runs import ORIGIN, origin
 from peftkit.errors import ArtifactError
 from peftkit.tensor_files import read_header
 
@@ -126,3 +127,10 @@ def test_a_shape_of_thousands_of_dimensions_takes_no_time(tmp_path: Path) -> Non
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     with pytest.raises(ArtifactError, match="the header says nothing readable of 'a'"):
         read_header(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"folder": ' + b"[" * 10**5])
+def test_what_a_merged_model_says_of_itself_may_be_damaged(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ORIGIN).write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{ORIGIN} is damaged"):
+        origin(tmp_path)
