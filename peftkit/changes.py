@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from peftkit.errors import MOST_TOLD
 from peftkit.schema import did_you_mean
 
 DATA, WEIGHTS, PROCESSES = "data", "backbone.weights", "processes"
@@ -64,8 +65,10 @@ def mend(changes: Changes) -> str:
 def unknown_names(allowed: Iterable[str], tree: Mapping[str, Any]) -> list[str]:
     """What is wrong with a list of names to allow, for a run of these settings."""
     known = [*flat(tree), DATA, WEIGHTS, PROCESSES]
-    problems = []
-    for name in allowed:
+    problems: list[str] = []
+    for name in dict.fromkeys(allowed):
+        if len(problems) == MOST_TOLD:
+            break
         if name in FIXED:
             problems.append(f"{name} cannot change within a run")
         elif not any(one == name or one.startswith(f"{name}.") for one in known):

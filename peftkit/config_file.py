@@ -2,7 +2,7 @@
 
 YAML 1.1 has three traps that change a run without a word: `1e-4` is text, `no` is false, and of two equal
 keys the last wins. Here `1e-4` is a number, only `true` and `false` are booleans, and a repeated key is an
-error (YAML 1.2's core schema).
+error (YAML 1.2's core schema). What is read is bounded: see `peftkit.config_limits`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from typing import Any
 
 import yaml
 
+from peftkit.config_limits import MOST_DEPTH, MOST_KEY, Budget, TooMuch, character_problem, read_text
 from peftkit.errors import ConfigError, UsageError
-from peftkit.schema import nearest
+from peftkit.schema import shown
 
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 
+
+MOST_DIGITS = 30
+LARGEST = 2**63 - 1
+"""Whole number; what reads it next has 64 bits for it."""
 
 _CORE_SCHEMA = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -33,7 +38,18 @@ _CORE_SCHEMA = (
 
 
 class _CoreSchemaLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's idea of booleans, numbers and null."""
+    """SafeLoader with YAML 1.2's idea of booleans, numbers and null, which stops at what is too much to read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._budget = Budget()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        with self._budget.inside(event.start_mark.line + 1):
+            if not isinstance(event, yaml.AliasEvent):
+                self._budget.spend(getattr(event, "value", ""), event.start_mark.line + 1)
+            return super().compose_node(parent, index)
 
 
 class _CoreSchemaDumper(yaml.SafeDumper):
@@ -46,9 +62,10 @@ for _tag, _pattern, _first in _CORE_SCHEMA:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    """PyYAML's own takes 010 for eight."""
-    return int(loader.construct_scalar(node))
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    """PyYAML's own takes 010 for eight. More digits than any setting has are not worth the time to read them."""
+    digits = loader.construct_scalar(node)
+    return int(digits) if len(digits) <= MOST_DIGITS else math.inf
 
 
 _CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
@@ -91,7 +108,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
         UsageError: the file is missing or unreadable, or an override has no `=`.
         ConfigError: invalid YAML, or a repeated key, with its line.
     """
-    document = parse_document(_read_text(path), str(path))
+    document = parse_document(read_text(path), str(path))
     for override in overrides:
         _apply(document, override)
     return document
@@ -99,18 +116,29 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 def parse_document(text: str, source: str) -> Document:
     """Parse YAML text; `source` is what error messages call it."""
-    reader = _Reader(source)
-    try:
-        tree = reader.build(_compose(text, source), ())
-    except RecursionError as error:
-        raise ConfigError([f"{source}: not valid YAML: nested too deeply"]) from error
-    if reader.problems:
-        raise ConfigError(reader.problems)
+    tree, lines = parse_tree(text, source)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError([f"{source}:1: expected sections such as `backbone:`, found {type(tree).__name__}"])
-    return Document(source, tree, reader.lines)
+    return Document(source, tree, lines)
+
+
+def parse_tree(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Whatever YAML text holds, and the lines of its keys.
+
+    Raises:
+        ConfigError: invalid YAML, a repeated key, or more than is read.
+    """
+    reader = _Reader(source)
+    try:
+        node = _compose(text, source)
+        tree = None if node is None else reader.build(node, ())
+    except TooMuch as error:
+        raise ConfigError([f"{source}:{error.line}: {error}"]) from error
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return tree, reader.lines
 
 
 def to_yaml(tree: dict[str, Any]) -> str:
@@ -118,9 +146,9 @@ def to_yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_CoreSchemaDumper, sort_keys=False, allow_unicode=True)
 
 
-def _compose(text: str, source: str) -> yaml.Node:
+def _compose(text: str, source: str) -> yaml.Node | None:
     try:
-        return _CoreSchemaLoader(text).get_single_node() or yaml.MappingNode("tag:yaml.org,2002:map", [])
+        return _CoreSchemaLoader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         # a quote that is never closed is better looked for where it opens
         at_end = error.problem_mark is None or error.problem_mark.index >= len(text.rstrip())
@@ -133,19 +161,6 @@ def _compose(text: str, source: str) -> yaml.Node:
         raise ConfigError([f"{source}:{line}: not valid YAML: character {error.character!r} is not allowed"]) from error
 
 
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a configuration file in it")
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else None
-        hint = f"; did you mean '{path.parent / near}'?" if near else "; `peftkit ls` lists what is shipped"
-        raise UsageError(f"no configuration file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-
-
 class _Reader:
     """Builds plain data from YAML nodes, and notes where each key stands and what is wrong with it."""
 
@@ -154,15 +169,20 @@ class _Reader:
         self.problems: list[str] = []
         self._source = source
         self._open: list[yaml.Node] = []
+        self._budget = Budget()
         self._loader = _CoreSchemaLoader("")
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         if any(node is outer for outer in self._open):
             return self._refuse(node, f"{_dotted(path)}: this alias stands inside what it names")
+        line = node.start_mark.line + 1
         if isinstance(node, yaml.ScalarNode):
+            self._budget.spend(node.value, line)
             return self._scalar(node, path)
+        self._budget.spend("", line)
         self._open.append(node)
-        built = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._list(node, path)
+        with self._budget.inside(line):
+            built = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._list(node, path)
         self._open.pop()
         return built
 
@@ -174,6 +194,10 @@ class _Reader:
                 continue
             key, line = key_node.value, key_node.start_mark.line + 1
             here = (*path, key)
+            self._budget.spend(key, line)
+            if problem := character_problem(key) or _length_problem(key):
+                self._refuse(key_node, f"{_dotted(path) or 'the file'}: a key with {problem}")
+                continue
             if key == "<<" and key_node.style is None:
                 self._refuse(key_node, f"{_dotted(here)}: merge keys are not read; write out what they would add")
                 continue
@@ -193,8 +217,10 @@ class _Reader:
             value = self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             return self._refuse(node, f"{_dotted(path)}: {getattr(error, 'problem', error)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            return self._refuse(node, f"{_dotted(path)}: {node.value} is too large for a number")
+        if isinstance(value, (int, float)) and not _is_number(value):
+            return self._refuse(node, f"{_dotted(path)}: {shown(node.value)} is too large for a number")
+        if isinstance(value, str) and (problem := character_problem(value)):
+            return self._refuse(node, f"{_dotted(path)}: {problem}")
         if value is not None and not isinstance(value, (str, int, float)):
             return self._refuse(node, f"{_dotted(path)}: {node.tag} is not read; write text, a number, true or false")
         return value
@@ -203,11 +229,21 @@ class _Reader:
         self.problems.append(f"{self._source}:{node.start_mark.line + 1}: {problem}")
 
 
+def _is_number(value: int | float) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= LARGEST
+
+
+def _length_problem(key: str) -> str | None:
+    return f"{len(key):,} characters, where no name has more than {MOST_KEY}" if len(key) > MOST_KEY else None
+
+
 def _apply(document: Document, override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = tuple(dotted.split("."))
     if not equals or not all(keys):
-        raise UsageError(f"'{override}' is not an override; write it as section.key=value")
+        raise UsageError(f"'{shown(override)}' is not an override; write it as section.key=value")
+    if len(keys) > MOST_DEPTH or any(character_problem(key) or _length_problem(key) for key in keys):
+        raise UsageError(f"'{shown(dotted)}' is no key of a configuration; write it as section.key=value")
     value = _parse_value(text, override)
     target = document.tree
     for key in keys[:-1]:
@@ -215,7 +251,7 @@ def _apply(document: Document, override: str) -> None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise UsageError(f"'{override}': '{key}' holds a value, not a section")
+            raise UsageError(f"'{shown(override)}': '{key}' holds a value, not a section")
     target[keys[-1]] = value
     for known in [known for known in document.lines if known[: len(keys)] == keys]:
         del document.lines[known]
@@ -226,15 +262,15 @@ def _parse_value(text: str, override: str) -> Any:
     """The value of an override; a whole section can be given as `{kind: full}`."""
     line = f"value: {text}"
     try:
-        pairs: Any = _compose(line, "override").value
+        node: Any = _compose(line, "override")
         tree = parse_document(line, "override").tree
     except ConfigError as error:
         problem = error.problems[0].partition(": ")[2]
         hint = "; put the value in quotes if it is text" if "not valid YAML" in problem else ""
-        raise UsageError(f"'{override}': {problem}{hint}") from error
+        raise UsageError(f"'{shown(override)}': {problem}{hint}") from error
     # ` #` starts a comment, which on a command line nobody means
-    if len(pairs) != 1 or pairs[0][1].end_mark.index < len(line.rstrip()):
-        raise UsageError(f"'{override}': only a part of the value would be read; put it in quotes")
+    if len(node.value) != 1 or node.value[0][1].end_mark.index < len(line.rstrip()):
+        raise UsageError(f"'{shown(override)}': only a part of the value would be read; put it in quotes")
     return tree["value"]
 
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from peftkit.config_file import Document, KeyPath
-from peftkit.schema import Section, did_you_mean, nearest
+from peftkit.errors import MOST_TOLD
+from peftkit.schema import Section, did_you_mean, nearest, shown
 
 _WANTED = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a section with keys"),
@@ -42,10 +43,14 @@ class _Problems:
 
     def all(self) -> list[str]:
         errors = self._errors()
-        while self._mend(errors):
+        while not self._enough() and self._mend(errors):
             errors = self._errors()
         self._describe(errors)
         return sorted(self._found, key=lambda message: self._found[message])
+
+    def _enough(self) -> bool:
+        """Whether no more can be told; looking for what was meant takes a while for each."""
+        return len(self._found) > MOST_TOLD
 
     def _errors(self) -> list[ErrorDetails]:
         try:
@@ -63,6 +68,7 @@ class _Problems:
     def _mend(self, errors: Sequence[ErrorDetails]) -> bool:
         """Tell and mend what is misspelt; False when nothing was."""
         forbidden = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+        forbidden = forbidden[: MOST_TOLD + 1]
         unknown = [(*_walk(self._root, self._document.tree, place[:-1]), str(place[-1])) for place in forbidden]
         mended = [self._tell_left_over(unknown)]
         mended += [self._mend_key((*section, name), valid) for section, valid, name in unknown]
@@ -99,7 +105,7 @@ class _Problems:
             return near is not None
         near = nearest(str(context["tag"]), sorted(kinds))
         if near:
-            self._tell((*section, key), f"no kind '{context['tag']}'; did you mean '{near}'?")
+            self._tell((*section, key), f"no kind '{shown(str(context['tag']))}'; did you mean '{near}'?")
             self._replace_kind(section, key, near)
         return near is not None
 
@@ -152,6 +158,8 @@ class _Problems:
         for error in errors:
             at.setdefault(_walk(self._root, self._document.tree, error["loc"])[0], []).append(error)
         for path, group in at.items():
+            if self._enough():
+                return
             if len(group) > 1 and all(error["input"] == group[0]["input"] for error in group):
                 self._tell(path, f"should be {' or '.join(map(_wanted, group))}, got {_shown(group[0]['input'])}")
                 continue
@@ -169,7 +177,9 @@ class _Problems:
                 self._tell(path, f"'kind' is missing; it can be: {', '.join(self._kinds(path))}")
             case "union_tag_invalid":
                 hint = did_you_mean(str(context["tag"]), self._kinds(path))
-                self._tell((*path, str(context["discriminator"]).strip("'")), f"no kind '{context['tag']}'{hint}")
+                self._tell(
+                    (*path, str(context["discriminator"]).strip("'")), f"no kind '{shown(str(context['tag']))}'{hint}"
+                )
             case "literal_error":
                 choice = [one.strip(" '") for one in str(context["expected"]).replace(" or ", ",").split(",")]
                 self._tell(path, f"{_shown(error['input'])} is not a choice{did_you_mean(str(error['input']), choice)}")
@@ -186,7 +196,7 @@ def _wanted(error: ErrorDetails) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return "a section" if isinstance(value, dict) else "a list"
-    return f"'{value}'" if isinstance(value, str) else json.dumps(value)
+    return f"'{shown(value)}'" if isinstance(value, str) else json.dumps(value)
 
 
 def _without_quotes(error: ErrorDetails) -> str:

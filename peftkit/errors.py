@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST_TOLD = 100
+"""Problems of one configuration that are told; whoever has more has given the wrong file."""
+
 
 class PeftkitError(Exception):
     """Base of all errors that peftkit raises on purpose. `exit_code` is the command line's."""
@@ -36,7 +39,8 @@ class ConfigError(UsageError):
     """One or more problems in a configuration, all of them at once."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        more = [f"… and more than these {MOST_TOLD}; mend them first"] if len(problems) > MOST_TOLD else []
+        self.problems = (*problems[:MOST_TOLD], *more)
         super().__init__("\n".join(self.problems))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from peftkit import shipped
+from peftkit.config_file import parse_tree
+from peftkit.config_limits import read_text
 from peftkit.errors import UsageError, first_line
 from peftkit.launch_options import PORT, Asked
 from peftkit.processes import PROCESSES
@@ -96,10 +98,10 @@ def _file(name: str | None) -> Path | None:
 
 def _read(file: Path) -> dict[str, Any]:
     """An Accelerate configuration, refused where Accelerate refuses it."""
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--accelerate: {file} cannot be read: {first_line(error)}") from error
+    text = read_text(file)
+    parse_tree(text, f"--accelerate: {file}")
+    # Accelerate reads YAML 1.1, in which other words than here are booleans
+    config = yaml.safe_load(text)
     if not isinstance(config, dict) or config.get("distributed_type") not in KINDS:
         kind = config.get("distributed_type") if isinstance(config, dict) else None
         raise UsageError(f"--accelerate: {file}: distributed_type is {kind}; peftkit knows {', '.join(KINDS)}")

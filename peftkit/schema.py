@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+MOST_NAME = 200
+"""Characters of a name that is worth a search for the one that was meant, which takes its length times theirs."""
+
 
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown names."""
@@ -33,6 +36,8 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     A candidate is alike when one slip in three letters explains the difference, or its difflib ratio is `cutoff`
     or more. Of candidates with equally many slips, one of the same letters wins, and then the greater ratio.
     """
+    if len(name) > MOST_NAME:
+        return None
     written, ranked = _fold(name), []
     for candidate in candidates:
         known = _fold(candidate)
@@ -55,6 +60,12 @@ def alike(name: str, candidates: Iterable[str], listed: Iterable[str]) -> str:
     if found:
         return f"; did you mean {' or '.join(repr(match) for match in found)}?"
     return f"; it can be: {', '.join(listed)}"
+
+
+def shown(text: str, most: int = 100) -> str:
+    """A text for a message: at most so long, and without characters that a terminal would act on."""
+    short = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in short)
 
 
 def _fold(name: str) -> str:

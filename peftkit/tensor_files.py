@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds, checked before any tensor is built. Needs neither torch nor safetensors."""
+"""What a safetensors file says it holds, checked before any tensor is built. Looking needs no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ArtifactError
+from peftkit.schema import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_HEADER = 2**23
 """Bytes of a header; one of a thousand layers with full names has about a tenth of that."""
+MOST_DIMENSIONS = 64  # torch's own limit
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -46,10 +51,21 @@ def read_header(file: Path) -> dict[str, Entry]:
                 f"{file} has a header of {length:,} bytes, and {MOST_HEADER:,} are the most that is read"
             )
         header = parse_object(stream.read(length), file)
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise ArtifactError(f"{file}: the header's __metadata__ holds something else than texts; restore it")
     entries = {name: _entry(file, name, value) for name, value in header.items()}
     _check_layout(file, [(value["data_offsets"], entries[name]) for name, value in header.items()], size - 8 - length)
     return entries
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, once its header was found sound. Raises as `read_header` does."""
+    from safetensors.torch import load_file
+
+    read_header(file)
+    tensors: dict[str, Tensor] = load_file(file)
+    return tensors
 
 
 def parse_object(text: bytes | str, file: Path) -> dict[str, Any]:
@@ -61,7 +77,7 @@ def parse_object(text: bytes | str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is damaged: {error}; restore it") from error
+        raise ArtifactError(f"{file} is damaged: {shown(str(error), 200)}; restore it") from error
     if not isinstance(found, dict):
         raise ArtifactError(f"{file} is damaged: it holds no JSON object; restore it")
     return found
@@ -102,8 +118,9 @@ def _entry(file: Path, name: str, value: Any) -> Entry:
         isinstance(numbers, list) and all(type(one) is int and 0 <= one < 2**63 for one in numbers)
         for numbers in (shape, offsets)
     )
-    if not whole or len(offsets) != 2 or value.get("dtype") not in BYTES:  # type: ignore[arg-type]
-        raise ArtifactError(f"{file}: the header says nothing readable of '{name}'; restore the file")
+    sized = whole and len(shape) <= MOST_DIMENSIONS and len(offsets) == 2  # type: ignore[arg-type]
+    if not sized or str(value.get("dtype")) not in BYTES:
+        raise ArtifactError(f"{file}: the header says nothing readable of '{shown(name)}'; restore the file")
     return Entry(value["dtype"], tuple(shape))  # type: ignore[arg-type]
 
 

@@ -6,6 +6,8 @@ import os
 import string
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from peftkit.cli import main
 from peftkit.config import Run, load_run, run_id, settings_of, validate
 from peftkit.config_file import parse_document, read_document, to_yaml
 from peftkit.errors import ConfigError, UsageError
@@ -303,7 +306,6 @@ def test_scalars_mean_what_they_look_like(text: str, value: Any) -> None:
         ("a: 1\nb: 1e999\n", "f.yaml:2: b: 1e999 is too large for a number"),
         ("a: 1\nb: x\x00y\n", "f.yaml:2: not valid YAML: character"),
         ("---\na: 1\n---\nb: 1\n", "f.yaml:3: not valid YAML: expected a single document"),
-        ("a: " + "[" * 5000, "f.yaml: not valid YAML: nested too deeply"),
     ],
 )
 def test_yaml_that_means_nothing_is_refused_with_its_line(text: str, problem: str) -> None:
@@ -400,7 +402,7 @@ def test_the_last_of_equal_overrides_wins() -> None:
         ("training.seed=[1", "'training.seed=[1': not valid YAML"),
         ("output.folder=a: b", "'output.folder=a: b': not valid YAML"),
         ("task.data.train=a #1.tsv", "'task.data.train=a #1.tsv': only a part of the value would be read"),
-        ("output.folder=a\nb: c", "'output.folder=a\nb: c': only a part of the value would be read"),
+        ("output.folder=a\nb: c", "'output.folder=a\\nb: c': only a part of the value would be read"),
         ("method={kind: full, kind: lora}", "'method={kind: full, kind: lora}': 'value.kind' stands here"),
     ],
 )
@@ -586,3 +588,115 @@ def test_texts_that_look_like_something_else_are_written_as_text(text: str) -> N
 def test_a_run_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         overridden().training.seed = 3  # type: ignore[misc]
+
+
+# --- what is too much to read ----------------------------------------------------------------------
+
+
+def bomb(levels: int) -> str:
+    """Nine aliases of nine aliases …: some hundred bytes that mean 9 ** levels values."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, levels)]
+    return "".join(lines)
+
+
+TOO_MUCH = {
+    "as many keys": ("".join(f"k{i}: 1\n" for i in range(20_001)), "more than 20,000 keys and values"),
+    "brackets": ("a: " + "[" * 5000, ":1: nested more than 50 deep, which is not read"),
+    "dashes": ("a:\n" + "- " * 5000, ":2: nested more than 50 deep, which is not read"),
+    "depth by aliases": (
+        "a: &a " + "[" * 30 + "]" * 30 + "\nb: " + "[" * 30 + "*a" + "]" * 30,
+        ":1: nested more than 50 deep, which is not read",
+    ),
+    "a long key": (f"? {'x' * 1000}\n: 1\n", ":1: the file: a key with 1,000 characters, where no name has more"),
+    "a million digits": ("a: " + "1" * 10**5, f":1: a: {'1' * 99}… is too large for a number"),
+    "more than 64 bits": ("a: 9223372036854775808", ":1: a: 9223372036854775808 is too large for a number"),
+    "NUL": ('a: "x\\0"\n', ":1: a: a NUL character, which no setting has; leave it out"),
+    "half a character": ('a: "x\\ud800"\n', ":1: a: half a character (\\ud800 to \\udfff alone); write both halves"),
+    "half a character in a key": ('"x\\ud800": 1\n', ":1: the file: a key with half a character"),
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_what_is_too_much_is_one_problem(
+    text: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert main(["validate", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert problem in told
+    assert told.count("\n") == 1
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (bomb(10), "f.yaml:1: more than 20,000 keys and values, those that aliases repeat included, are not read"),
+        (f"a: &a {'x' * 20_000}\nb: [{', '.join(['*a'] * 99)}]\n", "f.yaml:1: more than 1,048,576 characters of val"),
+    ],
+    ids=["a billion values", "a long text many times"],
+)
+def test_a_bomb_of_aliases_is_refused_before_time_or_memory_is_spent(text: str, problem: str) -> None:
+    tracemalloc.start()
+    start = time.process_time()  # not of the clock, which counts what else the machine does
+    assert problems_of(text)[0].startswith(problem)
+    seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 5
+    assert peak < 20 * 2**20
+
+
+def test_files_that_are_no_configurations_are_refused_before_they_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "large.yaml").open("wb") as stream:
+        stream.truncate(2**40)  # a hole, which takes no room on the disk
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: \xe9\n")
+    for name, message in {
+        "large.yaml": "has more than 1,048,576 bytes, the most that is read of a configuration; keep settings in it",
+        "pipe.yaml": "is no plain file; write what it gives into a file, and name that",
+        "/dev/zero": "/dev/zero is no plain file",
+        "latin.yaml": "latin.yaml: line 2 has byte 0xe9, which is not UTF-8; save it as UTF-8",
+        "latin.yaml/more": "no configuration file",
+        ".": "is a folder; name a configuration file in it",
+        "x" * 300: "cannot read",
+    }.items():
+        assert main(["validate", str(tmp_path / name)]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+
+
+def test_of_a_file_with_thousands_of_problems_the_first_are_told() -> None:
+    """Each name that was meant takes a while to find."""
+    many = {
+        "top": "".join(f"k{i}: 1\n" for i in range(2000)),
+        "section": "".join(f"  k{i}: 1\n" for i in range(2000)),
+        "changes": f"output:\n  allow_changes: [{', '.join(f'k{i}' for i in range(2000))}]\n",
+        "lists": f"output:\n  allow_changes: [{', '.join('1' * 2000)}]\n",
+    }
+    for text in many.values():
+        start = time.process_time()
+        problems = problems_of(SMALL + text)
+        assert len(problems) <= 101
+        assert time.process_time() - start < 5
+    assert problems[-1] == "… and more than these 100; mend them first"
+
+
+def test_a_terminal_is_not_told_what_it_would_act_on() -> None:
+    (problem,) = problems_of(SMALL + '  schedule: "\\e[2J\\n"\n')
+    assert problem.startswith("f.yaml:11: training.schedule: '\\x1b[2J\\n' is not a choice")
+
+
+@pytest.mark.parametrize("override", [".".join("a" * 60) + "=1", "a\udcff=1", f"{'a' * 300}=1"])
+def test_an_override_of_what_is_no_key(override: str) -> None:
+    with pytest.raises(UsageError, match=r"is no key of a configuration; write it as section\.key=value"):
+        overridden(override)
+
+
+def test_an_override_with_half_a_character_is_told_without_it() -> None:
+    with pytest.raises(UsageError, match=r"^'output.folder=\\ud800': not valid YAML: character"):
+        overridden("output.folder=\ud800")

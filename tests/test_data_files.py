@@ -458,3 +458,15 @@ def test_real_entities_keep_every_token() -> None:
     rows = read_file(path)
     assert sum(len(record["tokens"]) for record in rows.records) == 23394
     assert all(len(record["tokens"]) == len(record["tags"]) for record in rows.records)
+
+
+def test_a_packed_line_without_an_end_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftkit.data.files.MOST_LINE", 100)
+    file = tmp_path / "train.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' + b" " * 101))
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz:2: a line of more than 100 bytes; unpack it"):
+        read_file(file)
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' * 50))
+    assert len(read_file(file)) == 50

@@ -155,6 +155,18 @@ def test_a_wrong_accelerate_configuration_is_refused(tmp_path: Path, content: An
         planned(str(file), processes=2)
 
 
+def test_an_accelerate_configuration_is_bounded_as_others_are(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    file.write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=r"--accelerate: .*mine\.yaml:1: more than 20,000 keys and values"):
+        planned(str(file), processes=2)
+    file.write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(UsageError, match="the most that is read of a configuration"):
+        planned(str(file), processes=2)
+
+
 def test_the_variables_that_a_run_is_checked_against_are_accelerates(monkeypatch: pytest.MonkeyPatch) -> None:
     job = planned("fsdp2", processes=2)
     real = prepare_multi_gpu_env(understood(job))

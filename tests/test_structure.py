@@ -48,7 +48,7 @@ LAYERS = (
         "peftkit.audit.catalogue",
         "peftkit.audit.settings",
     ),
-    ("peftkit.config_file", "peftkit.shipped", "peftkit.changes"),
+    ("peftkit.config_file", "peftkit.config_limits", "peftkit.shipped", "peftkit.changes"),
     (
         "peftkit.errors",
         "peftkit.schema",

@@ -137,6 +137,8 @@ SHOWN: dict[str, tuple[Harm, str]] = {
     "one in scales": (config(alpha_pattern={".*": 2}), "alpha_pattern has '.*', which is no module's name"),
     "a path": (config(modules_to_save=["../../head"]), "modules_to_save has '../../head', which is no module's name"),
     "a huge rank": (config(r=10**9), "r is 1000000000, not a whole number from 0 to 65,536"),
+    "a rank above the tensors'": (config(r=65_536), "a rank of 65536, where no saved tensor has a side longer than 64"),
+    "one in a pattern": (config(rank_pattern={"query": 65_536}), "a rank of 65536, where no saved tensor has a side"),
     "a negative rank": (config(r=-2), "r is -2, not a whole number"),
     "a rank of text": (config(r="8"), "r is '8', not a whole number"),
     "huge ranks in a pattern": (config(rank_pattern={"query": 10**9}), "rank_pattern has 1000000000 for a value"),
@@ -248,6 +250,42 @@ def test_a_manifest_that_names_files_elsewhere(folder: Path, name: str) -> None:
     sign(folder, files={name: file_sha256(folder.parent / "secret")})
     with pytest.raises(ArtifactError, match="which is outside of the folder"):
         load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format": ' + b"[" * 10**5, "manifest.json is damaged"),
+        (b'{"format": 1, "format": 1}', "the key 'format' is there twice"),
+        (b"[]", "it holds no JSON object"),
+        (b"\xff{}", "manifest.json is damaged"),
+        (b" " * 2**26 + b"{}", "manifest.json is larger than 67,108,864 bytes; it is no manifest of a run"),
+    ],
+    ids=["deep nesting", "a repeated key", "no object", "not UTF-8", "huge"],
+)
+def test_a_manifest_that_is_none(folder: Path, content: bytes, message: str) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ArtifactError) as caught:
+        load_run(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": {"model_class": 5}}, "manifest.json is damaged: head.model_class: Input should be a valid string"),
+        ({"head": {"model_class": "AutoModel", "more": 1}}, "head.more: Unexpected keyword argument"),
+        ({"backbone": []}, "manifest.json is damaged: backbone: "),
+        ({"artifact": None}, "manifest.json is damaged: artifact: Input should be a valid string"),
+        ({"files": {"run.yaml": 1}}, "manifest.json is damaged: files.run.yaml: Input should be a valid string"),
+    ],
+    ids=["a number for a name", "one name more", "a list for an object", "nothing", "no hash"],
+)
+def test_a_manifest_of_other_types(folder: Path, changes: dict[str, Any], message: str) -> None:
+    sign(folder, **changes)
+    with pytest.raises(ArtifactError) as caught:
+        load_run(folder)
+    assert message in str(caught.value)
 
 
 def test_a_manifest_that_names_another_sub_folder(folder: Path) -> None:

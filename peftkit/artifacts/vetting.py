@@ -81,6 +81,7 @@ def check_artifact(folder: Path, method: Method) -> None:
     """
     if folder.is_symlink() or not folder.is_dir():
         raise ArtifactError(f"{folder} is {'a link' if folder.is_symlink() else 'no folder'}; the run is not whole")
+    largest = 0
     for entry in sorted(folder.iterdir()):
         if entry.suffix in PICKLES:
             raise ArtifactError(
@@ -89,17 +90,21 @@ def check_artifact(folder: Path, method: Method) -> None:
             )
         plain_size(entry)
         if entry.suffix == ".safetensors":
-            read_header(entry)
+            largest = max([largest, *(side for one in read_header(entry).values() for side in one.shape)])
     if (folder / CONFIG).exists():
-        _check_config(folder / CONFIG, method)
+        _check_config(folder / CONFIG, method, largest)
 
 
-def _check_config(file: Path, method: Method) -> None:
+def _check_config(file: Path, method: Method, largest: int) -> None:
+    """`largest` is the longest side of a saved tensor: peft makes room for a rank before it looks at them."""
     if plain_size(file) > MOST_CONFIG:
         raise ArtifactError(f"{file} is larger than {MOST_CONFIG:,} bytes; it is no adapter's configuration")
     config = parse_object(file.read_bytes(), file)
     for problem in _problems(config, method):
         raise ArtifactError(f"{file}: {problem}")
+    ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()] if peft_type(method) == "LORA" else []
+    if ranks and max(ranks) > largest:
+        raise ArtifactError(f"{file}: a rank of {max(ranks)}, where no saved tensor has a side longer than {largest}")
 
 
 def _problems(config: dict[str, Any], method: Method) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peftkit.disk import file_sha256
 from peftkit.errors import UsageError
+from peftkit.tensor_files import parse_object
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.yaml"
@@ -31,9 +31,13 @@ def merged_model(folder: Path) -> Path | None:
 
 
 def origin(folder: Path) -> dict[str, Any] | None:
-    """Which run the merged model in a folder was made from: folder, run_id, method, manifest_sha256."""
+    """Which run the merged model in a folder was made from: folder, run_id, method, manifest_sha256.
+
+    Raises:
+        ArtifactError: what says so is damaged.
+    """
     file = folder / ORIGIN
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return parse_object(file.read_bytes(), file) if file.is_file() else None
 
 
 def resolved(folder: Path) -> Path:

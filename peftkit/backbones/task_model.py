@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+MODEL_CLASSES = (
+    *("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering"),
+    *("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"),
+)
+"""Those of transformers' auto classes that tasks use."""
+
 
 def load_model(
     folder: Path, files: Iterable[Path], config: PretrainedConfig, model_class: str, dtype: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,8 @@ __all__ = ["READERS", "SUFFIXES", "Rows", "check_file", "format_of", "read_file"
 Reader = Callable[[str, Iterable[str]], Iterator[tuple[int, dict[str, Any]]]]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PACKED = ".gz"
+MOST_LINE = 2**28
+"""Bytes of one line of a packed file, of which a few can stand for any number."""
 
 READERS: Mapping[str, Reader] = {
     "csv": read_csv,
@@ -115,16 +118,25 @@ def text_lines(source: str, path: Path) -> Iterator[str]:
     """The lines of a text file with their ends, which are `\\n` alone: tweets contain U+0085 and U+2028.
 
     Raises:
-        DataError: bytes that are no UTF-8, or a NUL, with file and line.
+        DataError: bytes that are no UTF-8, a NUL, or a line of a packed file that has no end, with file and line.
     """
     try:
         with _opened(path) as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(_bounded(source, file) if path.suffix.lower() == PACKED else file, 1):
                 yield _text(f"{source}:{number}", raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw)
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise DataError(f"{source}: not a whole gzip file ({problem}); pack it again") from problem
     except OSError as problem:
         raise DataError(f"{source}: cannot be read: {problem.strerror}; check its permissions") from problem
+
+
+def _bounded(source: str, file: IO[bytes]) -> Iterator[bytes]:
+    for number, raw in enumerate(iter(partial(file.readline, MOST_LINE + 1), b""), 1):
+        if len(raw) > MOST_LINE:
+            raise DataError(
+                f"{source}:{number}: a line of more than {MOST_LINE:,} bytes; unpack it, and write a row a line"
+            )
+        yield raw
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peftkit.backbones.modules import architecture, head_modules
 from peftkit.backbones.targets import Target, find_targets
 from peftkit.disk import follow_umask
-from peftkit.errors import ArtifactError, MethodError
+from peftkit.errors import ArtifactError, MethodError, first_line
 from peftkit.methods.base import Method, check_fit, check_trained, inside, module_parameters, train_in_float32
 from peftkit.methods.peft_files import (
     ADAPTER,
@@ -100,6 +100,7 @@ class FromPeft(Method):
         targets = self._split(backbone)
         train_in_float32(backbone.model, backbone.head_modules)
         base: Any = backbone.model
+        saved_config(folder)
         notes, tensors = read_saved(folder)
         saved = set(tensors)
         refuse_backbone_weights(saved, base, backbone.head_modules, folder)
@@ -107,9 +108,9 @@ class FromPeft(Method):
         try:
             with quiet_libraries(), quiet_peft():
                 model = PeftModel.from_pretrained(base, folder)
-        except (KeyError, RuntimeError, ValueError) as error:  # peft and torch raise all of them for what does not fit
+        except Exception as error:  # peft checks no types: what does not fit raises whatever it happens to
             lines = [line.strip() for line in str(error).splitlines()]
-            reason = next((line for line in lines if line.startswith("size mismatch")), lines[0])
+            reason = next((line for line in lines if line.startswith("size mismatch")), first_line(error))
             raise ArtifactError(f"{folder} is not of {architecture(base)}: {reason}") from error
         differing = sorted(saved ^ set(adapter_state(model)))
         if differing:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peftkit.disk import follow_umask
 from peftkit.errors import ArtifactError
 from peftkit.methods.base import Method, check_fit, inside, refuse_nan, trained_parameters, trained_tensors
+from peftkit.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,11 +29,9 @@ class InModel(Method):
         follow_umask(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> nn.Module:
-        from safetensors.torch import load_file
-
         model = self.attach_for_inference(backbone)
         expected, file = trained_parameters(model), folder / WEIGHTS
-        tensors = load_file(file)
+        tensors = read_tensors(file)
         refuse_nan(tensors, file)
         if expected.keys() != tensors.keys():
             differing = sorted(expected.keys() ^ tensors.keys())
@@ -44,10 +43,8 @@ class InModel(Method):
         return model.requires_grad_(False)
 
     def restore(self, model: nn.Module, folder: Path, dropped: Sequence[str], kept: Sequence[str]) -> None:
-        from safetensors.torch import load_file
-
         expected = {name: p for name, p in trained_parameters(model).items() if not inside(name, kept)}
-        saved = {name: one for name, one in load_file(folder / WEIGHTS).items() if not inside(name, dropped)}
+        saved = {name: one for name, one in read_tensors(folder / WEIGHTS).items() if not inside(name, dropped)}
         check_fit(expected, saved)
         for name, parameter in expected.items():
             parameter.data.copy_(saved[name])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.errors import ArtifactError, MethodError
+from peftkit.errors import ArtifactError, MethodError, first_line
 from peftkit.methods.base import inside, refuse_nan
 from peftkit.quiet import quiet_libraries
+from peftkit.schema import shown
+from peftkit.tensor_files import parse_object, read_tensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 NOTES = "peftkit"
 """The only entry of the weights' metadata, as JSON: of several, safetensors writes now one first and now another."""
 UNDECISIVE = frozenset(
@@ -44,11 +47,26 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def saved_config(folder: Path) -> PeftConfig:
-    """The configuration that `save` wrote."""
+    """The configuration that `save` wrote.
+
+    Raises:
+        ArtifactError: peft cannot read it, or it says something that this peft does not know.
+    """
     from peft import PeftConfig
 
-    with quiet_libraries(), quiet_peft():
-        return PeftConfig.from_pretrained(str(folder))
+    try:
+        with quiet_libraries(), quiet_peft():
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # peft checks no types: what does not fit raises whatever it happens to
+        raise ArtifactError(f"{folder}: peft cannot read its configuration: {first_line(error)}; restore it") from error
+    known = {field.name for field in dataclasses.fields(config)} | {"peft_version"}
+    said = parse_object((folder / CONFIG).read_bytes(), folder / CONFIG)
+    if unknown := sorted(name for name, value in said.items() if value and name not in known):
+        raise ArtifactError(
+            f"{folder / CONFIG} says '{shown(unknown[0])}', which this peft does not know; upgrade peft to the version "
+            "that it was saved with"
+        )
+    return config
 
 
 def check_alike(saved: PeftConfig, model: Any) -> None:
@@ -95,13 +113,12 @@ def _decisive(config: PeftConfig) -> dict[str, Any]:
 def read_saved(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The notes and the tensors of a saved file."""
     from safetensors import safe_open
-    from safetensors.torch import load_file
 
+    tensors = read_tensors(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
-    tensors = load_file(folder / WEIGHTS)
     refuse_nan(tensors, folder / WEIGHTS)
-    return json.loads(metadata.get(NOTES, "{}")), tensors
+    return parse_object(metadata.get(NOTES, "{}"), folder / WEIGHTS), tensors
 
 
 def refuse_backbone_weights(names: Iterable[str], base: nn.Module, heads: tuple[str, ...], folder: Path) -> None:
@@ -128,10 +145,11 @@ def quiet_peft() -> Iterator[None]:
 
     It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that names
     agree, and that projections are drawn alike on loading, is checked by us; BOFT does without its CUDA kernel; LN
-    tuning knows no names.
+    tuning knows no names. What a configuration says that peft does not know is refused by us.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1")
+        warnings.filterwarnings("ignore", "Unexpected keyword arguments")
         warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", "Found missing adapter keys|The following (rank|alpha)_pattern keys")
