@@ -1,0 +1,50 @@
+"""How a run that something happened to is given its command again, and what it came to."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reliability.forks import HUNG
+from benchmarks.reliability.workbench import Program, differing
+
+KILLED = -signal.SIGKILL
+NOT_OFFERED = {"outcome": "not offered"}
+SAME, DIFFERS, CRASHES, STARTS_OVER, HANGS = "same bytes", "diverges silently", "crashes", "starts over", "hangs"
+
+
+def concluded(program: Program, method: str, run: Path, said: Path) -> dict[str, Any]:
+    """Give the command again, twice if it fails, and compare with the run that nothing happened to.
+
+    Returns:
+        `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
+        checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `from_step`.
+    """
+    saved = [int(folder.name.rpartition("-")[2]) for folder in program.checkpoints(run)]
+    arguments = program.arguments(method, run)
+    said.write_bytes(b"")
+    code = program.forks.run(arguments, said)
+    if code:
+        code = program.forks.run(arguments, said)
+    if code:
+        return {"outcome": HANGS if code == HUNG else CRASHES, "exit_code": code, "error": last_error(said)}
+    found = {"from_step": continued_from(said), "saved_steps": saved}
+    different = differing(program.made(run), program.made(program.whole(method)))
+    if different:
+        return {"outcome": DIFFERS, "differs": different} | found
+    return {"outcome": STARTS_OVER if found["from_step"] == 0 and len(saved) > 1 else SAME} | found
+
+
+def continued_from(said: Path) -> int:
+    """The step that the last process went on from; 0 if it began."""
+    text = said.read_text(encoding="utf-8", errors="replace")
+    steps = re.findall(r"continuing from (?:step |\S*checkpoint-)([\d,]+)", text)
+    return int(steps[-1].replace(",", "")) if steps else 0
+
+
+def last_error(said: Path) -> str:
+    """The last line of what a process said that is not empty."""
+    lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
