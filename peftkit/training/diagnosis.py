@@ -50,8 +50,14 @@ def origin(model: nn.Module, passes: Iterable[tuple[str, Callable[[], object]]])
     return ""
 
 
-def of_gradients(model: nn.Module) -> str:
-    """The parameter nearest to the loss whose gradient is NaN or infinite: backward passes go from there."""
+def of_gradients(model: nn.Module, again: Callable[[], object]) -> str:
+    """The parameter nearest to the loss whose gradient is NaN or infinite: backward passes go from there.
+
+    Args:
+        again: computes the gradients once more, because clipping by a norm that is none has spoilt all of them.
+    """
+    model.zero_grad()
+    again()
     broken = [name for name, p in trained_parameters(model).items() if p.grad is not None and not _is_finite(p.grad)]
     return f"the gradient of '{broken[-1]}' is the first to be none" if broken else ""
 
