@@ -112,6 +112,19 @@ def test_gradients_that_are_none_name_the_parameter_nearest_to_the_loss() -> Non
     assert diagnosis.of_gradients(model, again) == "the gradient of '1.weight' is the first to be none"
 
 
+def test_a_weight_that_is_none_is_named_where_the_loss_hides_it() -> None:
+    """tanh makes a number of infinity."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    model[0].weight.data[0, 0] = float("inf")
+
+    def again() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+
+    assert model(torch.ones(1, 2)).isfinite().all()
+    found = diagnosis.of_gradients(model, again)
+    assert found == "the weight '0.weight' holds NaN or infinity since the last update"
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_gradient_that_is_none_is_named_though_clipping_has_spoilt_the_others(
     write_config: WriteConfig, capsys: Told, monkeypatch: pytest.MonkeyPatch, value: str
