@@ -37,7 +37,6 @@ class Forks:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.reliability.forks", column, *arguments],
             cwd=ROOT,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -19,7 +19,7 @@ def concluded(program: Program, method: str, run: Path, said: Path) -> dict[str,
     """Give the command again, twice if it fails, and compare with the run that nothing happened to.
 
     Returns:
-        `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
+        `saved_steps`, those of the checkpoints that were there, and `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
         checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `from_step`.
     """
     saved = [int(folder.name.rpartition("-")[2]) for folder in program.checkpoints(run)]
@@ -29,7 +29,8 @@ def concluded(program: Program, method: str, run: Path, said: Path) -> dict[str,
     if code:
         code = program.forks.run(arguments, said)
     if code:
-        return {"outcome": HANGS if code == HUNG else CRASHES, "exit_code": code, "error": last_error(said)}
+        told = {"resumed_with": code, "error": last_error(said)}
+        return {"outcome": HANGS if code == HUNG else CRASHES, "saved_steps": saved} | told
     found = {"from_step": continued_from(said), "saved_steps": saved}
     different = differing(program.made(run), program.made(program.whole(method)))
     if different:
