@@ -19,8 +19,9 @@ def concluded(program: Program, method: str, run: Path, said: Path) -> dict[str,
     """Give the command again, twice if it fails, and compare with the run that nothing happened to.
 
     Returns:
-        `saved_steps`, those of the checkpoints that were there, and `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
-        checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `from_step`.
+        `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
+        checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `saved_steps`,
+        those of the checkpoints that were there, and `from_step`.
     """
     saved = [int(folder.name.rpartition("-")[2]) for folder in program.checkpoints(run)]
     arguments = program.arguments(method, run)
