@@ -27,5 +27,5 @@ Training processes are forked from one that has imported everything, because imp
 model. From there on it is the command line's own code, from `main` to the exit code.
 """
 
-EXPERIMENTS = ("kills", "sigterm")
+EXPERIMENTS = ("kills", "sigterm", "processes", "disk_full", "checkpoint_cost")
 COLUMNS = ("peftkit", "stock")

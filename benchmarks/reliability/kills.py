@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import tracing
-from benchmarks.reliability.runs import KILLED, NOT_OFFERED, SAME, concluded
+from benchmarks.reliability.runs import KILLED, NOT_OFFERED, SAME, again, concluded
 from benchmarks.reliability.workbench import METHODS, Program, Workbench
 
 GOOD = (SAME,)
@@ -53,7 +53,9 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
         if not place:  # it does not even begin again: the conclusion says why
             break
         killed.append(place)
-    return {"killed": killed} | concluded(program, method, folder / "run", folder / "said.txt")
+    target, said = folder / "run", folder / "said.txt"
+    command = again(program, method, target, said)
+    return {"killed": killed} | concluded(program, command, target, program.whole(method), said)
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
