@@ -1,7 +1,7 @@
 """What happens to training runs that are killed, stopped, starved of disk or lied to: peftkit beside Trainer + peft.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.reliability --tier full
-    OMP_NUM_THREADS=1 python -m benchmarks.reliability --tier short --out /tmp/reliability kills sigterm
+    python -m benchmarks.reliability --tier full
+    python -m benchmarks.reliability --tier short --out /tmp/reliability kills sigterm
 
 Every experiment runs alike in two columns: `peftkit`, which is `peftkit train CONFIG`, and `stock`, which is
 `transformers.Trainer` with peft, saving every few steps and resuming from `get_last_checkpoint`. Each finished trial is
@@ -27,5 +27,5 @@ Training processes are forked from one that has imported everything, because imp
 model. From there on it is the command line's own code, from `main` to the exit code.
 """
 
-EXPERIMENTS = ("sigterm",)
+EXPERIMENTS = ("kills", "sigterm", "processes", "disk_full", "checkpoint_cost")
 COLUMNS = ("peftkit", "stock")

@@ -1,6 +1,7 @@
 """The command of the package, which describes it."""
 
 import argparse
+import os
 import sys
 import tempfile
 from importlib import import_module
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/reliability, runs/reliability if short")
     parser.add_argument("--fresh", action="store_true", help="forget the trials that are done")
     options = parser.parse_args()
+    # before torch is imported: tiny models gain nothing from threads, and all processes are to compute alike
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if unknown := set(options.experiments) - set(package.EXPERIMENTS):
         parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(package.EXPERIMENTS)}")
     out = options.out or (RESULTS if options.tier == "full" else ROOT / "runs" / "reliability")

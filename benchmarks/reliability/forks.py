@@ -37,7 +37,6 @@ class Forks:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.reliability.forks", column, *arguments],
             cwd=ROOT,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -57,9 +56,14 @@ class Forks:
         request = {"arguments": list(arguments), "said": str(said), "held": held, "environment": environment or {}}
         return int(self._asked("start", request))
 
-    def wait(self, process: int, seconds: float = HANGS) -> int:
+    def wait(self, process: int) -> int:
         """Its exit code, negative for a signal; `HUNG` if it had to be ended."""
-        return int(self._asked("wait", {"process": process, "seconds": seconds}))
+        return self.wait_for_all([process])[0]
+
+    def wait_for_all(self, job: Sequence[int]) -> list[int]:
+        """The exit codes of processes that work together: where one is killed the others are, as launchers do."""
+        codes: list[int] = json.loads(self._asked("wait", {"job": list(job)}))
+        return codes
 
     def run(self, arguments: Sequence[str], said: Path) -> int:
         """The exit code of a process that nothing is done to."""
@@ -100,7 +104,7 @@ def serve(column: str, arguments: list[str], answers: IO[str]) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = started(column, request) if request["what"] == "start" else ended(request)
+        answer = started(column, request) if request["what"] == "start" else json.dumps(ended(request["job"]))
         print(answer, file=answers, flush=True)
 
 
@@ -113,17 +117,22 @@ def started(column: str, request: dict[str, Any]) -> int:
     return process
 
 
-def ended(request: dict[str, Any]) -> int:
-    late = time.monotonic() + request["seconds"]
-    while True:
-        process, status = os.waitpid(request["process"], os.WNOHANG)
-        if process:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > late:
-            os.kill(request["process"], signal.SIGKILL)
-            os.waitpid(request["process"], 0)
-            return HUNG
+def ended(job: list[int]) -> list[int]:
+    codes: dict[int, int] = {}
+    late = time.monotonic() + HANGS
+    while len(codes) < len(job):
+        for process in set(job) - codes.keys():
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                codes[process] = os.waitstatus_to_exitcode(status)
+            elif -signal.SIGKILL in codes.values():
+                os.kill(process, signal.SIGKILL)
+            elif time.monotonic() > late:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                codes[process] = HUNG
         time.sleep(0.005)
+    return [codes[process] for process in job]
 
 
 def child(column: str, request: dict[str, Any]) -> NoReturn:
@@ -133,6 +142,7 @@ def child(column: str, request: dict[str, Any]) -> NoReturn:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for descriptor, number in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(descriptor, number)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         if request["environment"]:
             forget_processes()
             os.environ |= request["environment"]

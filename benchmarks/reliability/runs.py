@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,35 @@ NOT_OFFERED = {"outcome": "not offered"}
 SAME, DIFFERS, CRASHES, STARTS_OVER, HANGS = "same bytes", "diverges silently", "crashes", "starts over", "hangs"
 
 
-def concluded(program: Program, method: str, run: Path, said: Path) -> dict[str, Any]:
-    """Give the command again, twice if it fails, and compare with the run that nothing happened to.
+def again(program: Program, method: str, run: Path, said: Path) -> Callable[[], int]:
+    """What gives the command of a run of one process again; returns the exit code."""
+    return lambda: program.forks.run(program.arguments(method, run), said)
+
+
+def concluded(program: Program, command: Callable[[], int], run: Path, whole: Path, said: Path) -> dict[str, Any]:
+    """Give the command of a run again, twice if it fails, and compare with `whole`, that nothing happened to.
 
     Returns:
         `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
-        checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `from_step`.
+        checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `saved_steps`,
+        those of the checkpoints that were there, and `from_step`.
     """
     saved = [int(folder.name.rpartition("-")[2]) for folder in program.checkpoints(run)]
-    arguments = program.arguments(method, run)
     said.write_bytes(b"")
-    code = program.forks.run(arguments, said)
-    if code:
-        code = program.forks.run(arguments, said)
-    if code:
-        return {"outcome": HANGS if code == HUNG else CRASHES, "exit_code": code, "error": last_error(said)}
+    if code := command() and command():
+        told = {"resumed_with": code, "error": last_error(said)}
+        return {"outcome": HANGS if code == HUNG else CRASHES, "saved_steps": saved} | told
     found = {"from_step": continued_from(said), "saved_steps": saved}
-    different = differing(program.made(run), program.made(program.whole(method)))
-    if different:
-        return {"outcome": DIFFERS, "differs": different} | found
-    return {"outcome": STARTS_OVER if found["from_step"] == 0 and len(saved) > 1 else SAME} | found
+    outcome = compared(program, run, whole)
+    if outcome["outcome"] == SAME and found["from_step"] == 0 and len(saved) > 1:
+        outcome = {"outcome": STARTS_OVER}
+    return outcome | found
+
+
+def compared(program: Program, run: Path, whole: Path) -> dict[str, Any]:
+    """The `outcome` of a run that has ended well."""
+    different = differing(program.made(run), program.made(whole))
+    return {"outcome": DIFFERS, "differs": different} if different else {"outcome": SAME}
 
 
 def continued_from(said: Path) -> int:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.runs import NOT_OFFERED, SAME, concluded, continued_from, last_error
+from benchmarks.reliability.runs import NOT_OFFERED, SAME, again, concluded, continued_from, last_error
 from benchmarks.reliability.workbench import METHODS, Workbench
 
 GOOD = (SAME,)
@@ -45,4 +45,5 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     found = {"moment": round(moment, 4), "exit_code": code, "told_step": continued_from(said)}
     if code != ENDINGS[column]:
         return {"outcome": WRONG_CODE, "error": last_error(said)} | found
-    return concluded(program, method, target, said) | found
+    command = again(program, method, target, said)
+    return concluded(program, command, target, program.whole(method), said) | found

@@ -29,6 +29,11 @@ EMPTY = (
     *("megatron_config", "target_parameters", "trainable_token_indices"),
 )
 """Fields of peft's that import, repeat or choose modules; peftkit writes none of them."""
+HEADS = frozenset(
+    f"AutoModelFor{name}"
+    for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "MaskedLM", "Seq2SeqLM")
+)
+"""Classes of transformers that a task's head is made with."""
 SIZES = ("r", "rank", "num_virtual_tokens", "oft_block_size", "n_frequency", "init_r", "target_r")
 
 
@@ -42,6 +47,7 @@ def vetted(folder: Path) -> tuple[dict[str, Any], Run]:
     manifest = read_manifest(folder)
     check_names(folder, manifest)
     check_files(folder, manifest)
+    check_head(folder, manifest)
     run = read_saved_config(folder)
     method = run.method
     if manifest["artifact"] != method.artifact:
@@ -62,12 +68,26 @@ def check_names(folder: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{folder}: its manifest lists no files; restore it")
     for name in files:
         path = PurePosixPath(str(name))
+        if "\0" in str(name):
+            raise ArtifactError(f"{folder}: its manifest names {_short(name)}, which is no file's name")
         if path.is_absolute() or ".." in path.parts or "\\" in str(name) or not path.parts:
             raise ArtifactError(f"{folder}: its manifest names '{name}', which is outside of the folder")
         for length in range(1, len(path.parts)):
             if folder.joinpath(*path.parts[:length]).is_symlink():
                 raise ArtifactError(f"{folder.joinpath(*path.parts[:length])} is a link; put the folder itself there")
         plain_size(folder / name)
+
+
+def check_head(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that names another class of transformers than a task does.
+
+    Raises:
+        ArtifactError: names the class.
+    """
+    head = manifest.get("head")
+    name = head.get("model_class") if isinstance(head, dict) else None
+    if name not in HEADS:
+        raise ArtifactError(f"{folder}: its manifest names the head {_short(name)}, which no task has; restore it")
 
 
 def check_artifact(folder: Path, method: Method) -> None:
