@@ -31,7 +31,14 @@ EMPTY = (
 """Fields of peft's that import, repeat or choose modules; peftkit writes none of them."""
 HEADS = frozenset(
     f"AutoModelFor{name}"
-    for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "MaskedLM", "Seq2SeqLM")
+    for name in (
+        "SequenceClassification",
+        "TokenClassification",
+        "QuestionAnswering",
+        "CausalLM",
+        "MaskedLM",
+        "Seq2SeqLM",
+    )
 )
 """Classes of transformers that a task's head is made with."""
 SIZES = ("r", "rank", "num_virtual_tokens", "oft_block_size", "n_frequency", "init_r", "target_r")
