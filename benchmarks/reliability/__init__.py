@@ -27,5 +27,8 @@ Training processes are forked from one that has imported everything, because imp
 model. From there on it is the command line's own code, from `main` to the exit code.
 """
 
-EXPERIMENTS = ("kills", "sigterm", "processes", "disk_full", "checkpoint_cost")
+EXPERIMENTS = (
+    *("kills", "sigterm", "processes", "disk_full", "checkpoint_cost"),
+    *("corruptions", "hostile", "payloads", "not_numbers"),
+)
 COLUMNS = ("peftkit", "stock")
