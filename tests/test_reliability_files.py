@@ -38,7 +38,7 @@ def outcomes(
 @pytest.mark.parametrize("experiment", [corruptions, hostile, payloads, not_numbers], ids=lambda one: one.__name__)
 def test_of_peftkit_every_trial_is_good(experiment: ModuleType, bench: Workbench, tmp_path: Path) -> None:
     found = outcomes(experiment, "peftkit", bench, tmp_path)
-    assert len(found) > 3
+    assert found
     assert {trial: row for trial, row in found.items() if row["outcome"] not in experiment.GOOD} == {}
 
 

@@ -39,7 +39,7 @@ ACCEPTED, ALARM = "whole, and taken", "whole, and not taken"
 WHOLE = ("untouched", "older alone")
 """No damage: nothing is done, or the newest checkpoint is gone and the one before it is there."""
 GOOD = (PASSED, REFUSED, ACCEPTED)
-SECONDS = 20.0
+SECONDS = 120.0
 
 
 def trials(tier: str) -> list[str]:
@@ -58,7 +58,7 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     what, method, kind, _ = trial.split("/")
     if not bench.program(column).offers(method):
         return NOT_OFFERED
-    return TRIALS[what, column](bench, method, kind, random.Random(trial), folder)
+    return subjects.told(bench, TRIALS[what, column](bench, method, kind, random.Random(trial), folder))
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,11 +177,11 @@ def _damaged(newest: Path, older: Path, names: list[str], kind: str, draw: rando
 
 def _noticed(how: str, mutation: Mutation, heard: Heard) -> dict[str, Any]:
     if mutation.kind in WHOLE:
-        return {"outcome": ALARM, "said": heard.said[:300]}
+        return {"outcome": ALARM, "said": heard.said}
     outcome = how if any(Path(name).name in heard.said for name in mutation.files) else UNNAMED
     if not heard.foreseen:
         outcome = HANGS if isinstance(heard.error, Late) else CRASH
-    return {"outcome": outcome, "files": mutation.files, "said": heard.said[:300]}
+    return {"outcome": outcome, "files": mutation.files, "said": heard.said}
 
 
 def _unnoticed(mutation: Mutation, is_same: bool) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _resumed(bench: Workbench, method: str, folder: Path) -> dict[str, Tensor]:
     """What is trained when Trainer has gone on to the last step."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    trainer = subjects.stock_trainer(bench, method, folder)
+    trainer = subjects.stock_trainer(bench, method, folder, save_strategy="no")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 

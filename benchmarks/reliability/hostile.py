@@ -56,8 +56,8 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     if group in ("shown", "loaded"):
         hostile_kinds.sign(copied)
     if column == "peftkit":
-        return _by_peftkit(bench, group, copied, message)
-    return _by_stock(bench, copied / "adapter")
+        return subjects.told(bench, _by_peftkit(bench, group, copied, message))
+    return subjects.told(bench, _by_stock(bench, copied / "adapter"))
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _by_stock(bench: Workbench, folder: Path) -> dict[str, Any]:
         except MemoryError:
             raise
         except Exception as error:
-            return {"outcome": REFUSED, "said": f"{type(error).__name__}: {str(error)[:200]}"}
+            return {"outcome": REFUSED, "said": f"{type(error).__name__}: {error}"}
         return {
             "outcome": _what_was_loaded(bench, model, logits, genuine),
             "warned": [str(one.message)[:100] for one in warned if one.category is UserWarning],

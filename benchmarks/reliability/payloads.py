@@ -20,7 +20,7 @@ from benchmarks.reliability.workbench import Workbench
 
 EXECUTED, REFUSED, PASSED, UNREAD = "executed", "refused", "passed over", "not read"
 GOOD = (REFUSED, PASSED)
-SECONDS, MEGABYTES = 30.0, 4000
+SECONDS, MEGABYTES = 120.0, 4000
 
 
 class Opens:
@@ -60,13 +60,18 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "backbone": ("pytorch_model.bin", "model.safetensors", "tokenizer.json"),
 }
+SHORT = (
+    *("adapter/adapter_model.bin/pickle", "backbone/pytorch_model.bin/torch archive"),
+    *("checkpoint/optimizer.pt/torch archive", "checkpoint/states.safetensors/pickle"),
+)
 OF_PEFTKIT = ("trained.safetensors", "states.safetensors", "states.json", "random.safetensors", "manifest.json")
 
 
 def trials(tier: str) -> list[str]:
     """What is read/the file in it/the form of the payload."""
-    forms = FORMS if tier == "full" else ["torch archive"]
-    return [f"{what}/{name}/{form}" for what, names in PLACES.items() for name in names for form in forms]
+    if tier == "short":
+        return list(SHORT)
+    return [f"{what}/{name}/{form}" for what, names in PLACES.items() for name in names for form in FORMS]
 
 
 def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     found = apart(lambda: _read(read), SECONDS, MEGABYTES)
     if opened.exists():
         found["outcome"] = EXECUTED
-    return {"outcome": f"ended by {found['ended']}"} | found
+    return subjects.told(bench, {"outcome": f"ended by {found['ended']}"} | found)
 
 
 def _read(read: Callable[[], str]) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def _read(read: Callable[[], str]) -> dict[str, Any]:
         with subjects.silent():
             return {"outcome": read()}
     except Exception as error:
-        return {"outcome": REFUSED, "said": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {"outcome": REFUSED, "said": f"{type(error).__name__}: {error}"}
 
 
 def _peftkit_adapter(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:

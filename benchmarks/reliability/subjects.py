@@ -66,7 +66,7 @@ def peftkit_adapter(bench: Workbench, method: str, seed: int) -> Path:
     from peftkit.experiment import train
 
     run = peftkit_run(
-        bench, method, bench.program("peftkit").folder / f"adapter-{method}-{seed}", seed=seed, max_steps=2
+        bench, method, bench.program("peftkit").folder / f"adapter-{method}-{seed}", seed=seed, max_steps=4
     )
     with silent():
         return train(run).folder
@@ -92,7 +92,7 @@ def stock_adapter(bench: Workbench, method: str, seed: int) -> Path:
     """A folder that `save_model` wrote."""
     folder = bench.program("stock").folder / f"adapter-{method}-{seed}"
     with silent():
-        trainer = stock_trainer(bench, method, folder, seed=seed, max_steps=2)
+        trainer = stock_trainer(bench, method, folder, seed=seed, max_steps=4)
         trainer.train()
         for config in trainer.model.peft_config.values():
             config.lora_alpha *= seed  # a mix of two adapters that differ in nothing else would be the other one whole
@@ -140,6 +140,13 @@ def outputs(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return found
+
+
+def told(bench: Workbench, row: dict[str, Any]) -> dict[str, Any]:
+    """What came of a trial, without the folder that is another one in every command."""
+    if "said" in row:
+        row["said"] = row["said"].replace(f"{bench.folder}/", "")[:200]
+    return row
 
 
 @contextlib.contextmanager
