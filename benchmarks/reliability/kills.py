@@ -2,8 +2,9 @@
 
 The calls of a run that nothing happens to are recorded first; a trial draws one of those on files of the run (opening,
 writing, fsync, renaming, removing …) and strace kills the process as it makes that call. A trial of `row` kills the
-same run four times, by turns at a call and at a moment, each time when it is given its command again. Every trial ends
-by giving the command once more, to the end. A kill that comes after the end of its process is drawn again, earlier.
+same run four times, by turns at a call and at a moment, each time when it is given its command again; the call of that
+number may then be one on another file. Every trial ends by giving the command once more, to the end. A kill that comes
+after the end of its process is drawn again, earlier.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def trials(tier: str) -> list[str]:
         print(f"kills: {tracing.ABSENT}", file=sys.stderr)
         return []
     if tier == "short":
-        return ["lora-call-0", "full-call-0", "lora-row-0"]
+        return ["lora-call-0"]
     counts = (("call", CALLS), ("moment", MOMENTS), ("row", ROWS))
     return [f"{method}-{kind}-{number}" for kind, count in counts for number in range(count) for method in METHODS]
 
