@@ -27,7 +27,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     summary = json.loads((out / "sigterm.json").read_text(encoding="utf-8"))
     assert summary["peftkit"] == {"trials": 1, "outcomes": {"same bytes": 1}}
     assert {"command", "date", "tier", "environment", "stock"} <= summary.keys()
-    return {name: [json.loads(line) for line in (out / f"{name}.jsonl").open(encoding="utf-8")] for name in QUICK}
+    lines = {name: (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in QUICK}
+    return {name: [json.loads(line) for line in lines[name]] for name in QUICK}
 
 
 def test_a_run_that_is_asked_to_end_goes_on_to_the_same_bytes(rows: dict[str, list[dict[str, Any]]]) -> None:

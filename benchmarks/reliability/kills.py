@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import tracing
-from benchmarks.reliability.runs import KILLED, NOT_OFFERED, SAME, again, concluded
+from benchmarks.reliability.runs import CRASHES, KILLED, NOT_OFFERED, SAME, again, concluded
 from benchmarks.reliability.workbench import METHODS, Program, Workbench
 
 GOOD = (SAME,)
@@ -60,10 +60,17 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many kills there were, of what, and what came of each kind."""
+    """How many kills there were, of what, what came of each kind, and what could have been resumed."""
     places = Counter(place.partition(" ")[0] for row in rows for place in row.get("killed", ()))
-    outcomes = {kind: Counter(row["outcome"] for row in rows if f"-{kind}-" in row["trial"]) for kind in KINDS}
-    return {"kills": sum(places.values()), "killed_at": dict(places), "by_kind": outcomes}
+    outcomes = {kind: dict(Counter(row["outcome"] for row in rows if f"-{kind}-" in row["trial"])) for kind in KINDS}
+    crashed = [row for row in rows if row["outcome"] == CRASHES]
+    older = sum(len(row["saved_steps"]) > 1 for row in crashed)
+    return {
+        "kills": sum(places.values()),
+        "killed_at": dict(places),
+        "by_kind": outcomes,
+        "crashed_beside_an_older_checkpoint": older,
+    }
 
 
 Way = Callable[[Program, str, Path, random.Random, float], tuple[int, str]]
