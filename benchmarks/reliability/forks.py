@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
-HANGS = 120.0
+HANGS = 300.0
 """Seconds after which a process is ended and called hanging; a tiny run takes two."""
 HUNG = 1000
 """The exit code of such a process."""

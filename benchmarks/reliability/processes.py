@@ -32,7 +32,7 @@ PROCESSES = 2
 VICTIMS = ((0,), (1,), (0, 1))
 LOSS = re.compile(r"  loss \d|'loss': ")
 """In what peftkit and Trainer say of a step."""
-LONG = 400.0
+LONG = 900.0
 """Seconds in which a launched job must end."""
 
 
