@@ -17,6 +17,7 @@ An experiment is a module of this package, named in `EXPERIMENTS`, with
     run(trial, column, bench, folder) -> dict[str, Any]
                                 what one trial came to: `outcome` and whatever else is worth keeping. `folder` is new,
                                 empty and the trial's own. A column that cannot do the trial says `not offered`
+    missing() -> str            optional; what the machine lacks for it, for which nothing is tried then
     figures(rows) -> dict       optional; further figures for the summary, of the rows of one column
 
 `bench` (`workbench.Workbench`) has the tiny backbone, the data and, for each column, the `Program`: its command line

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
-HANGS = 120.0
+HANGS = 300.0
 """Seconds after which a process is ended and called hanging; a tiny run takes two."""
 HUNG = 1000
 """The exit code of such a process."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""Threads do not survive a fork, and a tiny model gains nothing from them."""
 ANY = -1
 PR_SET_PTRACER = 0x59616D61
 
@@ -37,6 +39,7 @@ class Forks:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.reliability.forks", column, *arguments],
             cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

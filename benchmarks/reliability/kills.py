@@ -2,8 +2,9 @@
 
 The calls of a run that nothing happens to are recorded first; a trial draws one of those on files of the run (opening,
 writing, fsync, renaming, removing …) and strace kills the process as it makes that call. A trial of `row` kills the
-same run four times, by turns at a call and at a moment, each time when it is given its command again. Every trial ends
-by giving the command once more, to the end. A kill that comes after the end of its process is drawn again, earlier.
+same run four times, by turns at a call and at a moment, each time when it is given its command again; the call of that
+number may then be one on another file. Every trial ends by giving the command once more, to the end. A kill that comes
+after the end of its process is drawn again, earlier.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import tracing
-from benchmarks.reliability.runs import KILLED, NOT_OFFERED, SAME, again, concluded
+from benchmarks.reliability.runs import CRASHES, KILLED, NOT_OFFERED, SAME, again, concluded
 from benchmarks.reliability.workbench import METHODS, Program, Workbench
 
 GOOD = (SAME,)
@@ -32,13 +32,15 @@ EARLY = 0.5
 
 
 def trials(tier: str) -> list[str]:
-    if not tracing.available():
-        print(f"kills: {tracing.ABSENT}", file=sys.stderr)
-        return []
     if tier == "short":
-        return ["lora-call-0", "full-call-0", "lora-row-0"]
+        return ["lora-call-0"]
     counts = (("call", CALLS), ("moment", MOMENTS), ("row", ROWS))
     return [f"{method}-{kind}-{number}" for kind, count in counts for number in range(count) for method in METHODS]
+
+
+def missing() -> str:
+    """What this machine lacks."""
+    return "" if tracing.available() else "strace is not installed"
 
 
 def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, Any]:
@@ -59,10 +61,17 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many kills there were, of what, and what came of each kind."""
+    """How many kills there were, of what, what came of each kind, and what could have been resumed."""
     places = Counter(place.partition(" ")[0] for row in rows for place in row.get("killed", ()))
-    outcomes = {kind: Counter(row["outcome"] for row in rows if f"-{kind}-" in row["trial"]) for kind in KINDS}
-    return {"kills": sum(places.values()), "killed_at": dict(places), "by_kind": outcomes}
+    outcomes = {kind: dict(Counter(row["outcome"] for row in rows if f"-{kind}-" in row["trial"])) for kind in KINDS}
+    crashed = [row for row in rows if row["outcome"] == CRASHES]
+    older = sum(len(row["saved_steps"]) > 1 for row in crashed)
+    return {
+        "kills": sum(places.values()),
+        "killed_at": dict(places),
+        "by_kind": outcomes,
+        "crashed_beside_an_older_checkpoint": older,
+    }
 
 
 Way = Callable[[Program, str, Path, random.Random, float], tuple[int, str]]

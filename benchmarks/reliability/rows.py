@@ -31,7 +31,10 @@ class Rows:
         self.done = [row for row in _lines(file) if row["trial"] in wanted]
 
     def complete(self, columns: Sequence[str], bench: Workbench) -> None:
-        """Do the trials that are not done, and write the summary."""
+        """Do the trials that are not done, and write the summary; nothing where the machine lacks what they need."""
+        if reason := getattr(self.experiment, "missing", str)():
+            print(f"{self.file.stem}: {reason}; nothing is tried", file=sys.stderr, flush=True)
+            return
         known = {(row["trial"], row["column"]) for row in self.done}
         for trial in self.trials:
             for column in columns:
@@ -88,6 +91,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     """All whole lines; a command that was killed may have left half of one, which is cut off."""
     if not file.is_file():
         return []
-    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
-    file.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]

@@ -24,11 +24,15 @@ def again(program: Program, method: str, run: Path, said: Path) -> Callable[[], 
 def concluded(program: Program, command: Callable[[], int], run: Path, whole: Path, said: Path) -> dict[str, Any]:
     """Give the command of a run again, twice if it fails, and compare with `whole`, that nothing happened to.
 
+    A run that is over is not given its command: it was killed after it had saved its result.
+
     Returns:
         `outcome`: `same bytes`; `starts over`, which are the same bytes too, but from step 0 although there was a whole
         checkpoint; `diverges silently` with what differs; `crashes` with the error; or `hangs`. Also `saved_steps`,
         those of the checkpoints that were there, and `from_step`.
     """
+    if program.finished(run):
+        return compared(program, run, whole)
     saved = [int(folder.name.rpartition("-")[2]) for folder in program.checkpoints(run)]
     said.write_bytes(b"")
     if code := command() and command():

@@ -23,7 +23,7 @@ ENDINGS = {"peftkit": 128 + signal.SIGTERM, "stock": -signal.SIGTERM}
 
 def trials(tier: str) -> list[str]:
     if tier == "short":
-        return ["lora-0", "lora-1"]
+        return ["lora-0"]
     return [f"{method}-{number}" for number in range(10) for method in METHODS]
 
 

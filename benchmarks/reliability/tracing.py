@@ -20,7 +20,6 @@ CALLS = (
 ENTRY = re.compile(r"^(\d+) +(\w+)\((.*)$")
 ATTACHED = 10.0
 """Seconds in which strace must have taken hold of a process."""
-ABSENT = "strace is not installed; the kills at system calls need it (apt-get install strace)"
 
 
 @dataclass(frozen=True)

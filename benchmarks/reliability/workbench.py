@@ -94,6 +94,10 @@ class Program:
         """What its runs that nothing happens to say."""
         return self.folder / "said.txt"
 
+    def finished(self, run: Path) -> bool:
+        """Whether a run is over: what it writes last is there."""
+        return (run / ("manifest.json" if self.column == "peftkit" else "losses.json")).is_file()
+
     def made(self, run: Path) -> Made:
         """What a finished run left.
 
