@@ -173,7 +173,7 @@ def _json_value(content: bytes, old: bytes, draw: random.Random) -> bytes:
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:
     """Every value of a tree that is no object or list, as what holds it and its key there."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    found = []
+    found: list[tuple[Any, Any]] = []
     for key, value in pairs:
         found += _leaves(value) if isinstance(value, (dict, list)) and value else [(tree, key)]
     return found

@@ -87,31 +87,31 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     return subjects.told(bench, {"outcome": f"ended by {found['ended']}"} | found)
 
 
-def _read(read: Callable[[], str]) -> dict[str, Any]:
+def _read(read: Callable[[], object]) -> dict[str, Any]:
     try:
         with subjects.silent():
-            return {"outcome": read()}
+            return {"outcome": PASSED if read() == PASSED else UNREAD}
     except Exception as error:
         return {"outcome": REFUSED, "said": f"{type(error).__name__}: {error}"}
 
 
-def _peftkit_adapter(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:
+def _peftkit_adapter(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], object]:
     from peftkit.artifacts.loading import load_run
 
     copied = Path(shutil.copytree(subjects.peftkit_adapter(bench, "lora", 1), folder / "run"))
     _placed(copied / "adapter", name, payload)
     hostile_kinds.sign(copied)
-    return lambda: load_run(copied) and UNREAD
+    return lambda: load_run(copied)
 
 
-def _stock_adapter(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:
+def _stock_adapter(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], object]:
     copied = Path(shutil.copytree(subjects.stock_adapter(bench, "lora", 1), folder / "adapter"))
     _placed(copied, name, payload)
     subjects.stock_base(bench)
-    return lambda: subjects.stock_loaded(bench, copied) and UNREAD
+    return lambda: subjects.stock_loaded(bench, copied)
 
 
-def _peftkit_checkpoint(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:
+def _peftkit_checkpoint(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], object]:
     from peftkit.training.checkpoint import Checkpoints
     from peftkit.training.seal import check_sealed, seal
 
@@ -125,37 +125,33 @@ def _peftkit_checkpoint(bench: Workbench, folder: Path, name: str, payload: byte
         seal(newest, int(newest.name.partition("-")[2]), best)
     loop = trained.loop
     found = Checkpoints(copied, loop.model, loop.run.method, loop.checkpoints.states)
-    return lambda: found.load(loop.progress, 0) and (PASSED if found.passed_over else UNREAD)
+    return lambda: found.load(loop.progress, 0) and found.passed_over and PASSED
 
 
-def _stock_checkpoint(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:
+def _stock_checkpoint(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], object]:
     copied = Path(shutil.copytree(subjects.stock_training(bench, "lora"), folder / "run"))
     newest = subjects.checkpoints(copied)[-1]
     _placed(newest, name, payload)
     trainer = subjects.stock_trainer(bench, "lora", copied)
-    return lambda: trainer.train(resume_from_checkpoint=str(newest)) and UNREAD
+    return lambda: trainer.train(resume_from_checkpoint=str(newest))
 
 
-def _peftkit_backbone(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:
+def _peftkit_backbone(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], object]:
     from peftkit.backbones.load import BackboneSettings, Head, load
 
     copied = _backbone(bench, folder, name, payload)
-    return lambda: (
-        load(BackboneSettings(name=str(copied)), Head("AutoModelForSequenceClassification", ("a", "b"))) and UNREAD
-    )
+    return lambda: load(BackboneSettings(name=str(copied)), Head("AutoModelForSequenceClassification", ("a", "b")))
 
 
-def _stock_backbone(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], str]:
+def _stock_backbone(bench: Workbench, folder: Path, name: str, payload: bytes) -> Callable[[], object]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     copied = _backbone(bench, folder, name, payload)
 
-    def read() -> str:
-        AutoTokenizer.from_pretrained(copied)
-        AutoModelForSequenceClassification.from_pretrained(copied)
-        return UNREAD
-
-    return read
+    return lambda: (
+        AutoTokenizer.from_pretrained(copied),
+        AutoModelForSequenceClassification.from_pretrained(copied),
+    )
 
 
 READ = {
