@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 LOCK = ".lock"
+BEFORE_RUN_FILE = {LOCK, f".{RUN_FILE}.partial"}
+"""What a process that was killed as it began leaves in a folder that it did not come to own."""
 HEADER = "# run "
 """How the first line of `run.yaml` starts; the run's id follows. It tells a run folder from any other."""
 
@@ -159,7 +161,7 @@ def check_folder(run: Run, folder: Path) -> None:
         raise UsageError(f"output.folder: {folder} is a file")
     owner = _owner(folder)
     if owner is None:
-        if any(entry.name != LOCK for entry in folder.iterdir()):
+        if any(entry.name not in BEFORE_RUN_FILE for entry in folder.iterdir()):
             raise UsageError(
                 f"{folder} is not a run folder and holds other files, which peftkit will not overwrite; "
                 "name an empty or new output.folder"

@@ -129,6 +129,7 @@ def test_a_file_of_an_older_checkpoint_is_noticed(name: str, written: tuple[Path
     found = again.load(FRESH, 0)
     assert found is not None and found.step == 1
     assert "step-2" in again.passed_over[0]
+    assert name in again.passed_over[0]
 
 
 def test_a_checkpoint_under_another_name_is_noticed(written: tuple[Path, dict[int, list[float]]]) -> None:
@@ -137,7 +138,8 @@ def test_a_checkpoint_under_another_name_is_noticed(written: tuple[Path, dict[in
     again = Training(folder).checkpoints
     found = again.load(FRESH, 0)
     assert found is not None and found.step == 2
-    assert again.passed_over == [f"{folder / 'step-3'} is the checkpoint of step 1 under another name"]
+    (reason,) = again.passed_over
+    assert reason == f"{folder / 'step-3'} is the checkpoint of step 1 under another name, or has its manifest.json"
 
 
 def test_files_that_nobody_wrote_are_noticed(written: tuple[Path, dict[int, list[float]]]) -> None:

@@ -102,10 +102,41 @@ def test_a_backbone_that_is_none_is_not_blamed_on_the_learning_rate(
 
 def test_gradients_that_are_none_name_the_parameter_nearest_to_the_loss() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    for place, value in ((0, "nan"), (1, "inf"), (2, "1")):
-        layer: Any = model[place]
-        layer.weight.grad, layer.bias.grad = torch.full((2, 2), float(value)), torch.zeros(2)
-    assert diagnosis.of_gradients(model) == "the gradient of '1.weight' is the first to be none"
+
+    def again() -> None:
+        for place, value in ((0, "nan"), (1, "inf"), (2, "1")):
+            layer: Any = model[place]
+            assert layer.weight.grad is None
+            layer.weight.grad, layer.bias.grad = torch.full((2, 2), float(value)), torch.zeros(2)
+
+    assert diagnosis.of_gradients(model, again) == "the gradient of '1.weight' is the first to be none"
+
+
+def test_a_weight_that_is_none_is_named_where_the_loss_hides_it() -> None:
+    """tanh makes a number of infinity."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    model[0].weight.data[0, 0] = float("inf")
+
+    def again() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+
+    assert model(torch.ones(1, 2)).isfinite().all()
+    found = diagnosis.of_gradients(model, again)
+    assert found == "the weight '0.weight' holds NaN or infinity since the last update"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_none_is_named_though_clipping_has_spoilt_the_others(
+    write_config: WriteConfig, capsys: Told, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    def poison(model: nn.Module) -> None:
+        name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.default.weight"
+        model.get_parameter(name).register_hook(lambda gradient: gradient * float(value))
+
+    monkeypatch.setattr(LoRA, "attach", attached(poison))
+    error = failed(write_config(), capsys)
+    assert f"the gradient norm is {value} at step 1: the gradient of 'base_model.model.bert.encoder.layer.0." in error
+    assert "attention.self.query.lora_B.default.weight' is the first to be none" in error
 
 
 def test_what_is_finite_has_no_origin() -> None:

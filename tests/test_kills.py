@@ -152,3 +152,13 @@ def test_processes_end_after_the_same_step_whichever_gets_the_signal(rank: int, 
     assert train(killer, folder, "lora", name, **how) == [0, 0], killer.said
     assert "continuing from step 5 of" in killer.said
     assert_same(folder / "lora" / name, whole(killer, folder, "lora", processes=2))
+
+
+def test_killed_before_its_folder_has_its_configuration(killer: Killer, folder: Path) -> None:
+    run = folder / "lora" / "early"
+    run.mkdir(parents=True)
+    for name in (".lock", ".run.yaml.partial"):  # as between the writing of run.yaml and its renaming
+        (run / name).touch()
+    assert train(killer, folder, "lora", "early") == [0], killer.said
+    assert_same(run, whole(killer, folder, "lora"))
+    assert not [file.name for file in run.iterdir() if file.name.startswith(".")]

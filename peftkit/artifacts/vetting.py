@@ -62,6 +62,8 @@ def check_names(folder: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{folder}: its manifest lists no files; restore it")
     for name in files:
         path = PurePosixPath(str(name))
+        if "\0" in str(name):
+            raise ArtifactError(f"{folder}: its manifest names {_short(name)}, which is no file's name")
         if path.is_absolute() or ".." in path.parts or "\\" in str(name) or not path.parts:
             raise ArtifactError(f"{folder}: its manifest names '{name}', which is outside of the folder")
         for length in range(1, len(path.parts)):

@@ -40,20 +40,35 @@ def origin(model: nn.Module, passes: Iterable[tuple[str, Callable[[], object]]])
     Args:
         passes: forward passes to look into, each with the rows that it is of.
     """
-    for name, parameter in model.named_parameters():
-        if not _is_finite(parameter):
-            since = " since the last update" if parameter.requires_grad else LOADED
-            return f"the weight '{name}' holds NaN or infinity{since}"
+    if found := _broken_weight(model):
+        return found
     for rows, forward in passes:
         if found := _first_output(model, forward):
             return f"it begins in {found}, for {rows}"
     return ""
 
 
-def of_gradients(model: nn.Module) -> str:
-    """The parameter nearest to the loss whose gradient is NaN or infinite: backward passes go from there."""
+def of_gradients(model: nn.Module, again: Callable[[], object]) -> str:
+    """A weight that is NaN or infinite, which a loss may hide, or the parameter nearest to the loss whose gradient is:
+    backward passes go from there.
+
+    Args:
+        again: computes the gradients once more, because clipping by a norm that is none has spoilt all of them.
+    """
+    if found := _broken_weight(model):
+        return found
+    model.zero_grad()
+    again()
     broken = [name for name, p in trained_parameters(model).items() if p.grad is not None and not _is_finite(p.grad)]
     return f"the gradient of '{broken[-1]}' is the first to be none" if broken else ""
+
+
+def _broken_weight(model: nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter):
+            since = " since the last update" if parameter.requires_grad else LOADED
+            return f"the weight '{name}' holds NaN or infinity{since}"
+    return ""
 
 
 def _first_output(model: nn.Module, forward: Callable[[], object]) -> str:

@@ -144,7 +144,7 @@ class _Loop:
     def _train_step(self, epoch: int, batch: Sequence[int]) -> None:
         rate, self.epoch = float(self.schedule.get_last_lr()[0]), epoch
         loss = self._gradients(batch)
-        norm = self._update(rate)
+        norm = self._update(rate, batch)
         self.progress.step += 1
         self.progress.losses.append(loss)
         self.meter.step(sum(self.lengths[index] for index in batch), loss)
@@ -203,7 +203,7 @@ class _Loop:
         self.penalties = {"penalty": float(penalty.detach())}
         return penalty
 
-    def _update(self, rate: float) -> float:
+    def _update(self, rate: float, batch: Sequence[int]) -> float:
         """Clip, step, and clear the gradients; returns their norm before clipping."""
         accelerator, settings = self.accelerator, self.run.training
         self._beat()
@@ -211,7 +211,7 @@ class _Loop:
         parameters = list(trained_parameters(self.model).values())
         norm = float(whole(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf)))
         if accelerator.scaler is None and not math.isfinite(norm):  # fp16 skips such steps and lowers its scale
-            where = diagnosis.of_gradients(self.model)
+            where = diagnosis.of_gradients(self.model, lambda: self._gradients(batch))
             raise diagnosis.no_number("gradient norm", norm, self.progress.step + 1, where, settings)
         self.optimizer.step()
         if accelerator.optimizer_step_was_skipped:

@@ -49,7 +49,9 @@ def check_sealed(folder: Path, names: Collection[str], with_best: bool = True) -
         raise ArtifactError(f"{folder} is {'a link' if folder.is_symlink() else 'no folder'}")
     manifest = _read(folder / MANIFEST)
     if folder.name != f"step-{manifest.get('step')}":
-        raise ArtifactError(f"{folder} is the checkpoint of step {manifest.get('step')} under another name")
+        raise ArtifactError(
+            f"{folder} is the checkpoint of step {manifest.get('step')} under another name, or has its {MANIFEST}"
+        )
     files, best = _table(folder, manifest, "files"), _table(folder, manifest, "best")
     found = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     if files.keys() != set(names) or len(best) > 1 or not all(map(BEST.fullmatch, best)):
