@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peftkit.data.sources import DataSettings as Data
     from peftkit.data.sources import splits_from
     from peftkit.demonstrations import with_demonstrations
+    from peftkit.engine.settings import Engine
     from peftkit.experiment import train
     from peftkit.methods import (
         IA3,
@@ -62,6 +63,7 @@ _HOMES = {
     "Completion": ("peftkit.tasks", "Completion"),
     "Data": ("peftkit.data.sources", "DataSettings"),
     "Int8": ("peftkit.backbones.quantization", "Int8"),
+    "Engine": ("peftkit.engine.settings", "Engine"),
     "FP4": ("peftkit.backbones.quantization", "FP4"),
     "Full": ("peftkit.methods", "Full"),
     "Generation": ("peftkit.tasks.generation", "Generation"),
@@ -111,6 +113,7 @@ __all__ = [
     "Chat",
     "Completion",
     "Data",
+    "Engine",
     "Full",
     "Generation",
     "HeadOnly",

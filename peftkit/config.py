@@ -18,6 +18,7 @@ from peftkit.changes import unknown_names
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
 from peftkit.console import Parser
+from peftkit.engine.settings import Engine
 from peftkit.errors import ConfigError, UsageError
 from peftkit.methods import METHODS, AnyMethod
 from peftkit.methods.base import Method
@@ -119,6 +120,7 @@ class Run(Section):
     task: AnyTask
     method: AnyMethod
     training: TrainingSettings
+    engine: Engine = Engine()
     audit: AuditSettings = AuditSettings()
     output: OutputSettings = OutputSettings()
 

@@ -466,7 +466,7 @@ def test_all_problems_come_at_once_in_file_order() -> None:
         "f.yaml:13: backbone.nmae: unknown key; did you mean 'name'?",
         "f.yaml:13: backbone.name: should be text, got 5",
         "f.yaml:14: backbone.dtype: 'float8' is not a choice; did you mean 'float16'?",
-        "f.yaml:15: extra: unknown key; it can be: audit, backbone, method, output, task, training",
+        "f.yaml:15: extra: unknown key; it can be: audit, backbone, engine, method, output, task, training",
     )
 
 

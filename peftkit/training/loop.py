@@ -11,6 +11,7 @@ from peftkit.backbones.load import WEIGHTS_SHA256
 from peftkit.config import Run, settings_of
 from peftkit.data.collate import collate
 from peftkit.disk import require_space
+from peftkit.engine.engage import engaged
 from peftkit.errors import TrainingError, UsageError
 from peftkit.evaluation import evaluate
 from peftkit.methods.base import trained_parameters
@@ -67,7 +68,8 @@ def train(
     loop = _Loop(model, run, data, accelerator, metrics)
     claim(run, accelerator)
     loop.resume()
-    return loop.run_to_end()
+    with engaged(model, run.engine, accelerator.device):
+        return loop.run_to_end()
 
 
 class _Loop:

@@ -1,0 +1,1 @@
+"""What makes training fast: each technique switchable by name, with its slow reference in the tests."""

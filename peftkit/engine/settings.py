@@ -1,0 +1,18 @@
+"""Which techniques a training uses to be fast."""
+
+from __future__ import annotations
+
+from peftkit.schema import Section
+
+
+class Engine(Section):
+    """Ways to compute the same in less time; what they change are the last bits, and which draws dropout makes.
+
+    All are part of what names a run, so that a run that goes on, or is run again, computes the same bytes.
+    """
+
+    fused_lora: bool = True
+    """Compute LoRA's projections of one input together, with one copy of the input kept; what peft does otherwise
+    (DoRA and its other variants, adapters with a bias, several at once) stays with peft."""
+    fast_dropout: bool = True
+    """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""
