@@ -16,5 +16,25 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterator[None]:
     """`model` as it computes with these settings; afterwards it is as it was before."""
-    with contextlib.ExitStack():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shortened(model, settings))
+        yield
+
+
+def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
+    """The techniques that `settings` ask for and `model` does without, each with the reason."""
+    from peftkit.engine.padding_free import pretrained, why_not
+
+    reasons = {"padding_free": why_not(pretrained(model)) if settings.padding_free else ""}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+@contextlib.contextmanager
+def shortened(model: nn.Module, settings: Engine) -> Iterator[None]:
+    """`model` without the work that nobody reads, in training and evaluation; what is in it already stays."""
+    from peftkit.engine.padding_free import without_padding
+
+    with contextlib.ExitStack() as stack:
+        if settings.padding_free:
+            stack.enter_context(without_padding(model))
         yield
