@@ -70,6 +70,7 @@ EARLY = {
     "peftkit.backbones.fused": "subclasses nn.Module; imported when a role of a fused projection is adapted",
     "peftkit.backbones.quantized_layers": "subclasses bitsandbytes' modules; imported when something is quantised",
     "peftkit.backbones.new_tokens": "subclasses nn.Module; imported when weights load or a task adds tokens",
+    "peftkit.engine.summed_losses": "subclasses autograd.Function; imported when a language model's loss is computed",
     "peftkit.engine.unpadded": "subclasses autograd.Function; imported when a batch without padding is computed",
     "peftkit.methods.bottleneck_layers": "subclasses nn.Module; imported when adapters are attached",
     "peftkit.methods.prefix_layers": "subclasses nn.Module; imported when a prefix is attached",

@@ -23,18 +23,24 @@ def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterato
 
 def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
     """The techniques that `settings` ask for and `model` does without, each with the reason."""
-    from peftkit.engine.padding_free import pretrained, why_not
+    from peftkit.engine import padding_free, supervised
 
-    reasons = {"padding_free": why_not(pretrained(model)) if settings.padding_free else ""}
-    return {name: reason for name, reason in reasons.items() if reason}
+    reasons = {
+        "padding_free": padding_free.why_not(padding_free.pretrained(model)),
+        "supervised_loss": supervised.why_not(model),
+    }
+    return {name: reason for name, reason in reasons.items() if reason and getattr(settings, name)}
 
 
 @contextlib.contextmanager
 def shortened(model: nn.Module, settings: Engine) -> Iterator[None]:
     """`model` without the work that nobody reads, in training and evaluation; what is in it already stays."""
     from peftkit.engine.padding_free import without_padding
+    from peftkit.engine.supervised import supervised_only
 
     with contextlib.ExitStack() as stack:
         if settings.padding_free:
             stack.enter_context(without_padding(model))
+        if settings.supervised_loss:
+            stack.enter_context(supervised_only(model))
         yield

@@ -69,6 +69,11 @@ def padded(model: nn.Module) -> Iterator[None]:
         hooks.paused = False
 
 
+def is_unpadded(model: nn.Module) -> bool:
+    """Whether `model` computes real tokens only."""
+    return hasattr(pretrained(model), UNPADDED)
+
+
 def pretrained(model: nn.Module) -> nn.Module:
     """The pretrained part of a model, whatever it is wrapped in."""
     from transformers import PreTrainedModel

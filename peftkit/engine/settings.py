@@ -17,5 +17,8 @@ class Engine(Section):
     padding_free: bool = True
     """Compute the real tokens of a batch in one row; only attention pads, within groups of examples of similar length.
     Encoder-decoders and models that compute attention scores by themselves (DeBERTa, MPNet) stay padded."""
+    supervised_loss: bool = True
+    """Take a language model's loss from some supervised tokens at a time, with the gradient formed in the forward pass,
+    so that their logits are never held together. What changes its logits afterwards (Gemma 2, BART) stays as it was."""
     fast_dropout: bool = True
     """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""
