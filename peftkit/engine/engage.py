@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from peftkit.backbones.layouts import layout_for
 from peftkit.engine.settings import Engine
 
 if TYPE_CHECKING:
@@ -16,8 +17,22 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterator[None]:
     """`model` as it computes with these settings; afterwards it is as it was before."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(shortened(model, settings))
+    from torch.distributed.fsdp import FSDPModule
+
+    from peftkit.engine.dropout import fast_dropout, keep_mask, plain_mask
+
+    with contextlib.ExitStack() as techniques:
+        techniques.enter_context(shortened(model, settings))
+        # what `fully_shard` gathers for one module at a time is not there for another
+        if settings.fused_lora and hasattr(model, "peft_config") and not isinstance(model, FSDPModule):
+            from peftkit.engine.lora_groups import fused_lora
+
+            peft_model: Any = model
+            layout = layout_for(peft_model.get_base_model().config.model_type, model)
+            draw = keep_mask if settings.fast_dropout else plain_mask
+            techniques.enter_context(fused_lora(model, layout, draw))
+        if settings.fast_dropout and device.type == "cpu":
+            techniques.enter_context(fast_dropout(model))
         yield
 
 

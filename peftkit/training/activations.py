@@ -13,3 +13,6 @@ def recompute_activations(model: nn.Module) -> None:
     # transformers 5.23 renamed it
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # only reentrant checkpoints need inputs with gradients, which everything below the lowest adapter would get too
+    changed: Any = model
+    changed.disable_input_require_grads()

@@ -1,0 +1,144 @@
+"""peft's LoRA layers, computed together where they are given the same input.
+
+Only their `forward` is replaced, and only what is plain LoRA takes the way of `engine/lora.py`; whatever else a layer
+is asked for (merged, disabled, a variant, several adapters, a quantised base) is peft's to compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftkit.backbones.layouts import Layout, in_blocks, roles_by_path
+from peftkit.engine.lora import Draw, Projection, project
+
+
+@contextlib.contextmanager
+def fused_lora(model: nn.Module, layout: Layout, draw: Draw) -> Iterator[None]:
+    """Let the LoRA layers of a model be computed in groups.
+
+    Args:
+        draw: what draws the masks of LoRA's dropout.
+    """
+    groups = [(model.get_submodule(parent), _Group(layers, draw)) for parent, layers in lora_groups(model, layout)]
+    handles = [
+        parent.register_forward_hook(group.forget, always_call=True)
+        for parent, group in groups
+        if len(group.layers) > 1
+    ]
+    layers = [layer for _, group in groups for layer in group.layers]
+    for _, group in groups:
+        for index, layer in enumerate(group.layers):
+            layer.forward = partial(group.forward, index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            del layer.forward
+
+
+def lora_groups(model: nn.Module, layout: Layout) -> list[tuple[str, list[Linear]]]:
+    """The LoRA layers that are given the same input, with the name of the module that they are children of.
+
+    They are queries, keys and values, gate and up; in cross attention, keys and values.
+    """
+    roles, inside = roles_by_path([layout]), in_blocks(layout)
+    groups: dict[tuple[str, str], list[Linear]] = {}
+    for name, layer in model.named_modules():
+        if type(layer) is not Linear:
+            continue
+        match, parent = inside.search(name), name.rpartition(".")[0]
+        path = match["path"] if match else ""
+        groups.setdefault((parent, _input_of(path, layout, roles) or name), []).append(layer)
+    return [(parent, layers) for (parent, _), layers in groups.items()]
+
+
+def _input_of(path: str, layout: Layout, roles: dict[str, tuple[str, ...]]) -> str:
+    """A name for what the projection at `path` is given; "" for what no other is given."""
+    parent = path.rpartition(".")[0]
+    if parent in layout.fused:
+        return "whole"
+    role = roles.get(path, ())
+    is_crossed = parent in layout.attention[1:]
+    if role in (("query",), ("key",), ("value",)) and not (is_crossed and role == ("query",)):
+        return "attended"
+    return "widened" if role in (("gate",), ("up",)) else ""
+
+
+class _Group:
+    """Layers of one parent. The first that is called computes all, and the others find their outputs here."""
+
+    def __init__(self, layers: Sequence[Linear], draw: Draw) -> None:
+        self.layers, self._draw = layers, draw
+        self._given: tuple[Any, ...] = ()
+        self._outputs: dict[int, Tensor] = {}
+
+    def forward(self, index: int, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer of this index computes."""
+        layer = self.layers[index]
+        dropout = _plain_dropout(layer, inputs) if not args and not kwargs else None
+        if dropout is None:
+            output: Tensor = Linear.forward(layer, inputs, *args, **kwargs)
+            return output
+        given = (inputs, inputs._version, torch.is_grad_enabled())
+        if self._outputs:
+            if index in self._outputs and self._is_given(given):
+                return self._outputs.pop(index)
+            return self._computed([layer], inputs, dropout)[0]
+        members = [
+            number
+            for number, one in enumerate(self.layers)
+            if number == index or _plain_dropout(one, inputs) == dropout
+        ]
+        found = self._computed([self.layers[number] for number in members], inputs, dropout)
+        self._outputs = dict(zip(members, found, strict=True))
+        self._given = given
+        return self._outputs.pop(index)
+
+    def forget(self, *_: Any) -> None:
+        """Drop what nobody asked for, at the end of the parent's forward pass."""
+        self._given, self._outputs = (), {}
+
+    def _is_given(self, given: tuple[Any, ...]) -> bool:
+        return self._given[0] is given[0] and self._given[1:] == given[1:]
+
+    def _computed(self, layers: Sequence[Linear], inputs: Tensor, dropout: float) -> tuple[Tensor, ...]:
+        return project(inputs, [_projection(layer) for layer in layers], dropout, self._draw)
+
+
+def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
+    """The probability of dropout of a layer that computes plain LoRA in the dtype of its input; None for others."""
+    base, active = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(active) != 1 or not layer.cast_input_dtype_enabled:
+        return None
+    name = active[0]
+    if name in layer.lora_variant or layer.lora_bias[name] or type(base) not in (nn.Linear, Conv1D):
+        return None
+    dropout: Any = layer.lora_dropout[name]
+    parts = (base, layer.lora_A[name], layer.lora_B[name], dropout)
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return None
+    if base.weight.dtype != inputs.dtype or any(one.requires_grad for one in base.parameters(recurse=False)):
+        return None
+    if torch.is_autocast_enabled(inputs.device.type):
+        return None
+    if isinstance(dropout, nn.Identity):
+        return 0.0
+    return float(dropout.p) if dropout.training else 0.0
+
+
+def _projection(layer: Linear) -> Projection:
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    base: Any = layer.base_layer
+    down: Any = layer.lora_A[name]
+    up: Any = layer.lora_B[name]
+    return Projection(base.weight, base.bias, down.weight, up.weight, layer.scaling[name], isinstance(base, Conv1D))
