@@ -22,7 +22,7 @@ def test_the_rate_is_exact(rate: float) -> None:
     """Within five standard errors, of which one is below 10⁻⁴; 1/256 off would be forty."""
     torch.manual_seed(0)
     count = 2**24
-    dropped = count - int(keep_mask((count,), rate, CPU).sum(dtype=torch.int64))
+    dropped = count - int(keep_mask(torch.empty(count), rate).sum(dtype=torch.int64))
     assert abs(dropped / count - rate) < 5 * math.sqrt(rate * (1 - rate) / count)
 
 
@@ -30,7 +30,7 @@ def test_the_rate_is_exact(rate: float) -> None:
 def test_elements_fall_independently_of_each_other(rate: float) -> None:
     """Of words, bytes of a word and rows, no two places go together more than chance has it."""
     torch.manual_seed(0)
-    mask = keep_mask((2**20, 16), rate, CPU).double()
+    mask = keep_mask(torch.empty(2**20, 16), rate).double()
     error = 1 / math.sqrt(len(mask))
     assert (mask.mean(0) - (1 - rate)).abs().max() < 6 * error
     assert (torch.corrcoef(mask.T) - torch.eye(16)).abs().max() < 6 * error
@@ -41,7 +41,7 @@ def test_elements_fall_independently_of_each_other(rate: float) -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1,), (7,), (3, 5, 7)])
 def test_every_shape(shape: tuple[int, ...]) -> None:
-    mask = keep_mask(shape, 0.3, CPU)
+    mask = keep_mask(torch.empty(shape), 0.3)
     assert mask.shape == shape
     assert mask.dtype == torch.uint8
     assert mask.untyped_storage().nbytes() <= mask.numel() + 8
@@ -52,7 +52,7 @@ def test_the_seed_decides() -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append([keep_mask((64,), 0.3, CPU).tolist() for _ in range(2)])
+        masks.append([keep_mask(torch.empty(64), 0.3).tolist() for _ in range(2)])
     assert masks[0] == masks[1] != masks[2]
     assert masks[0][0] != masks[0][1]
 
@@ -64,7 +64,7 @@ def test_the_threads_do_not(request: pytest.FixtureRequest) -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(1)
-        masks.append(keep_mask((2**20,), 0.1, CPU))
+        masks.append(keep_mask(torch.empty(2**20), 0.1))
     assert torch.equal(*masks)
 
 
@@ -75,7 +75,7 @@ def test_values_and_gradients_go_through_one_mask(dtype: torch.dtype) -> None:
     dropped = dropout(values.T, 0.25)
     dropped.backward(torch.full_like(dropped, 3.0))
     torch.manual_seed(3)
-    mask = keep_mask((8, 50), 0.25, CPU).T.to(dtype)
+    mask = keep_mask(torch.empty(8, 50), 0.25).T.to(dtype)
     assert dropped.dtype == dtype
     torch.testing.assert_close(dropped.T, values * mask / 0.75)
     torch.testing.assert_close(values.grad, 4.0 * mask)

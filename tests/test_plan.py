@@ -32,6 +32,7 @@ from peftkit.training.optimizer import make_optimizer
 WriteConfig = Callable[..., Path]
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "targets": "all"},
+    "lora dropout": {"kind": "lora", "rank": 4, "targets": "all", "dropout": 0.1},
     "dora": {"kind": "lora", "rank": 4, "targets": "all", "variant": "dora"},
     "bottleneck": {"kind": "bottleneck", "bottleneck_size": 8},
     "prefix": {"kind": "prefix", "length": 4},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,29 +19,30 @@ OFTEN = 0.9
 """Above this rate bytes leave too much to be drawn one by one."""
 
 
-def keep_mask(shape: Sequence[int], probability: float, device: torch.device) -> Tensor:
-    """Bytes that are 0 with exactly `probability` and else 1, each by itself; from torch's global generator.
+def keep_mask(values: Tensor, probability: float) -> Tensor:
+    """A byte for each of `values`, 0 with exactly `probability` and else 1, each by itself; from torch's global
+    generator.
 
     A byte drops what is below ⌊256 p⌋. Of what that keeps, a share q must go too, so that the rate is p: a Poisson
     number of places, with mean −n·log(1 − q), is drawn with repetition, and the chance of a place to be among them is
     q, independently of all others.
     """
-    count = math.prod(shape)
-    if device.type != "cpu" or probability > OFTEN:
-        return plain_mask(shape, probability, device)
-    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
+    count = values.numel()
+    if values.device.type != "cpu" or probability > OFTEN:
+        return plain_mask(values, probability)
+    words = values.new_empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
     level = math.floor(probability * LEVELS)
     mask = words.view(torch.uint8)[:count].ge_(level)
     rest = (probability * LEVELS - level) / (LEVELS - level)
     if rest and count:
         places = int(torch.poisson(torch.tensor(-math.log1p(-rest) * count, dtype=torch.float64)))
         mask.index_fill_(0, torch.randint(count, (places,)), 0)
-    return mask.view(tuple(shape))
+    return mask.view(values.shape)
 
 
-def plain_mask(shape: Sequence[int], probability: float, device: torch.device) -> Tensor:
+def plain_mask(values: Tensor, probability: float) -> Tensor:
     """The same as torch draws it."""
-    return torch.empty(tuple(shape), dtype=torch.uint8, device=device).bernoulli_(1 - probability)
+    return values.new_empty(values.shape, dtype=torch.uint8).bernoulli_(1 - probability)
 
 
 def masked(values: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
@@ -55,7 +56,7 @@ def masked(values: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, probability: float) -> Tensor:
-        mask = keep_mask(values.shape, probability, values.device)
+        mask = keep_mask(values, probability)
         ctx.scale = 1 / (1 - probability)
         ctx.save_for_backward(mask)
         return masked(values, mask, ctx.scale)

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from peftkit.engine.dropout import keep_mask, masked
 
-Draw = Callable[[Sequence[int], float, torch.device], Tensor]
+Draw = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, downs, ups = _quarters(tensors)
         dtype = inputs.dtype
-        mask = draw(inputs.shape, dropout, inputs.device) if dropout else None
+        mask = draw(inputs, dropout) if dropout else None
         down = torch.cat(downs).to(dtype)
         # B is narrow: what is multiplied into it costs nothing
         ups = [(up * (scale / (1 - dropout))).to(dtype) for up, scale in zip(ups, scales, strict=True)]

@@ -18,6 +18,7 @@ from peftkit.backbones.modules import head_modules
 from peftkit.backbones.quantize import is_quantized, quantize
 from peftkit.config import Run
 from peftkit.data.collate import collate
+from peftkit.engine.engage import engaged
 from peftkit.methods import TopLayers
 from peftkit.methods.base import trained_parameters
 from peftkit.planning.states import optimizer_bytes
@@ -224,7 +225,8 @@ def _step(ledger: Ledger, model: nn.Module, run: Run, work: Workload) -> tuple[i
 
     mark: list[str] = []
     model.train()
-    with _watched(model, lowest):
+    as_run = engaged(model, run.engine, torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]), as_run, _watched(model, lowest):
         for index, examples in enumerate(work.micro_batches):
             if index and trained < SMALL * ledger.live:
                 # no longer than the first, beside gradients that weigh little
