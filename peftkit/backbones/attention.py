@@ -25,6 +25,8 @@ from peftkit.errors import MethodError
 
 NAME = "peftkit"
 """What transformers' registry of attention functions knows the seam by."""
+OWN = "own_attention"
+"""Attribute of an attention module: what may attend in place of torch's function, or return None."""
 IMPLEMENTATIONS = ("sdpa", "eager")
 BY_HAND = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("deberta", "deberta_v2", "mpnet"))
 """Where attention does not ask the registry; `attention_by_hand` knows how it goes."""
@@ -128,6 +130,10 @@ def attend(
     def own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         hides = implementation == "sdpa" and mask is None and query.shape[2] > 1 and causal
         given = changed(module, Attention(query, key, value, mask, options.get("position_bias"), hides))
+        if implementation == "sdpa" and (instead := getattr(module, OWN, None)) is not None:
+            context = instead(given, options.get("dropout", 0.0), options.get("scaling"))
+            if context is not None:
+                return context, None
         bias = {} if given.position_bias is None else {"position_bias": given.position_bias}
         result: tuple[Tensor, Tensor | None] = function(module, *given[:4], **options | bias)
         return result

@@ -41,7 +41,7 @@ def without_padding(model: nn.Module) -> Iterator[str]:
     if reason or hasattr(base, UNPADDED):
         yield reason
         return
-    closed = [module for module in _attending(base).values() if not is_open(module)]
+    closed = [module for module in attending(base).values() if not is_open(module)]
     hooks = _Hooks(base)
     setattr(base, UNPADDED, hooks)
     try:
@@ -83,19 +83,11 @@ def pretrained(model: nn.Module) -> nn.Module:
 
 def why_not(base: Any) -> str:
     """Why the tokens of several examples cannot stand in one row of an architecture; empty where they can."""
-    from peftkit.backbones.attention import IMPLEMENTATIONS, is_by_hand
-
     name = architecture(base)
     if base.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
-    try:
-        attending = _attending(base)
-    except (BackboneError, MethodError):
-        return f"{name} does not attend through transformers' attention functions"
-    if any(map(is_by_hand, attending.values())):
-        return f"{name} computes its attention scores by itself"
-    if (implementation := base.config._attn_implementation) not in IMPLEMENTATIONS:
-        return f"{name} attends by '{implementation}'"
+    if reason := why_closed(base):
+        return reason
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return f"{name} counts positions inside attention"
     if others := sorted(set(getattr(base.config, "layer_types", None) or ()) - LAYERS):
@@ -105,10 +97,31 @@ def why_not(base: Any) -> str:
     return ""
 
 
-def _attending(base: Any) -> dict[str, nn.Module]:
-    from peftkit.backbones.attention import attending
+def why_closed(base: Any) -> str:
+    """Why an architecture cannot be given another function to attend by; empty where it can."""
+    from peftkit.backbones.attention import IMPLEMENTATIONS, is_by_hand
 
-    return attending(base, layout_for(base.config.model_type))
+    name = architecture(base)
+    try:
+        found = attending(base)
+    except (BackboneError, MethodError):
+        return f"{name} does not attend through transformers' attention functions"
+    if any(map(is_by_hand, found.values())):
+        return f"{name} computes its attention scores by itself"
+    if (implementation := base.config._attn_implementation) not in IMPLEMENTATIONS:
+        return f"{name} attends by '{implementation}'"
+    return ""
+
+
+def attending(base: Any) -> dict[str, nn.Module]:
+    """The modules that attend, by name.
+
+    Raises:
+        BackboneError, MethodError: it is not known which, or how.
+    """
+    from peftkit.backbones import attention
+
+    return attention.attending(base, layout_for(base.config.model_type))
 
 
 class _Hooks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from peftkit.schema import Section
 
 
@@ -20,5 +22,8 @@ class Engine(Section):
     supervised_loss: bool = True
     """Take a language model's loss from some supervised tokens at a time, with the gradient formed in the forward pass,
     so that their logits are never held together. What changes its logits afterwards (Gemma 2, BART) stays as it was."""
+    attention: Literal["auto", "sdpa", "plain"] = "auto"
+    """What attends where the model would use torch's `sdpa`: that, the plain formula, or for each dtype and length
+    whichever is faster; the formula is on CPUs with dropout, and with half precision."""
     fast_dropout: bool = True
     """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""

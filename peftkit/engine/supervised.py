@@ -69,7 +69,8 @@ def sample(projection: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     import torch
     from torch.nn.functional import linear
 
-    kept = rows[:0] if getattr(projection, ENGAGED) else rows[:1]
+    without_values = type(rows) is not torch.Tensor  # shapes that pass for tensors, of which nothing is known
+    kept = rows[:0] if without_values or getattr(projection, ENGAGED) else rows[:1]
     with torch.no_grad():
         return kept, linear(kept, projection.weight, projection.bias)
 
