@@ -57,13 +57,16 @@ def shortened(model: nn.Module, settings: Engine) -> Iterator[None]:
     """`model` without the work that nobody reads, and attending in the fastest way, as in evaluations; what is in it
     already stays."""
     from peftkit.engine.attention import chosen_attention
+    from peftkit.engine.last_block import read_only
     from peftkit.engine.padding_free import without_padding
     from peftkit.engine.supervised import supervised_only
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(chosen_attention(model, settings.attention, _draw(settings)))
         if settings.padding_free:
             stack.enter_context(without_padding(model))
-        stack.enter_context(chosen_attention(model, settings.attention, _draw(settings)))
+            if settings.read_positions:
+                stack.enter_context(read_only(model))
         if settings.supervised_loss:
             stack.enter_context(supervised_only(model))
         yield

@@ -132,6 +132,7 @@ class _Hooks:
         self.window = _window(base.config)
         self.current: Unpadded | None = None
         self.paused = False
+        self.read: Tensor | None = None
         self.handles = [
             base.register_forward_pre_hook(self._enter, with_kwargs=True),
             base.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
@@ -153,6 +154,8 @@ class _Hooks:
             return None
         own = given.get("position_ids")
         given["position_ids"] = positions(base, given) if own is None else own.expand(given["attention_mask"].shape)
+        if self.read is not None and self.read.shape == given["attention_mask"].shape:
+            self.current.keep(self.read)
         for name in BY_TOKEN:
             if given.get(name) is not None:
                 given[name] = self.current.row(given[name])
@@ -188,7 +191,7 @@ class _Hooks:
         if self.current is None:
             return inputs
         hidden, *others = inputs
-        return (hidden[0].index_select(0, self.current.firsts)[:, None], *others)
+        return (self.current.first(hidden), *others)
 
 
 def positions(base: Any, given: dict[str, Any]) -> Tensor:

@@ -22,6 +22,9 @@ class Engine(Section):
     supervised_loss: bool = True
     """Take a language model's loss from some supervised tokens at a time, with the gradient formed in the forward pass,
     so that their logits are never held together. What changes its logits afterwards (Gemma 2, BART) stays as it was."""
+    read_positions: bool = True
+    """Of the last block, compute only what is read of it: the first token for a class, tokens with labels. For BERT's
+    and Llama's relatives, where batches go without padding and nothing else was added to the block's modules."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """What attends where the model would use torch's `sdpa`: that, the plain formula, or for each dtype and length
     whichever is faster; the formula is on CPUs with dropout, and with half precision."""

@@ -112,16 +112,28 @@ class Unpadded:
         firsts = torch.tensor([0, *self.lengths[:-1]], device=mask.device).cumsum(0)
         self.firsts = torch.empty_like(firsts).index_copy_(0, rows, firsts)
         """(examples,): where each example of the batch begins in the row."""
+        self.read: Tensor | None = None
+        """Ascending places in the row of what is read at its end; None: all."""
+
+    def keep(self, read: Tensor) -> None:
+        """Let only what `read` (examples, tokens) is true of be there at the end."""
+        self.read = read.flatten()[self.places].nonzero().squeeze(1)
 
     def row(self, batch: Tensor) -> Tensor:
         """(examples, tokens, …) as (1, real tokens, …)."""
         return batch.flatten(0, 1).index_select(0, self.places)[None]
 
     def batch(self, row: Tensor) -> Tensor:
-        """(1, real tokens, …) as (examples, tokens, …), with 0 for padding."""
+        """(1, real tokens, …) or what is read of them as (examples, tokens, …), with 0 in all other places."""
         (rows,) = row
+        places = self.places if self.read is None else self.places[self.read]
         flat = rows.new_zeros(self.shape[0] * self.shape[1], *rows.shape[1:])
-        return flat.index_copy(0, self.places, rows).unflatten(0, self.shape)
+        return flat.index_copy(0, places, rows).unflatten(0, self.shape)
+
+    def first(self, row: Tensor) -> Tensor:
+        """(1, tokens that are there, …) as (examples, 1, …): the first of each example."""
+        at = self.firsts if self.read is None else torch.searchsorted(self.read, self.firsts)
+        return row[0].index_select(0, at)[:, None]
 
     def attended(
         self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, causal: bool, additive: bool

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -21,6 +20,7 @@ from peftkit.errors import DataError, UsageError
 from peftkit.metrics.text import text_scores
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task
 from peftkit.tasks.generation import Generation, generate, unwrapped
+from peftkit.tasks.outputs_read import logits_at_places, output_only_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,7 +102,7 @@ class LanguageModel(Task, ABC):
         """Logits (items, vocabulary) and labels (items,) of the supervised tokens, example by example; no others are
         computed."""
         inputs, places, width, labels = self._read(model, batch)
-        return _logits_at(model, inputs, places, width), labels
+        return logits_at_places(model, inputs, places, width), labels
 
     def summed_loss(self, model: nn.Module, batch: Batch, class_weights: Tensor) -> Tensor:
         losses = self._at_head(model, batch, partial(summed_losses, losses=self.loss.losses_and_gradients))
@@ -215,7 +215,7 @@ class LanguageModel(Task, ABC):
             found.append((compute(head, rows, labels), expected))
             return rest
 
-        with _output_only_at(model, places, width, instead):
+        with output_only_at(model, inputs, places, width, instead):
             logits = model(**inputs).logits
         ((computed, expected),) = found
         check_last(plain, head, expected, logits)
@@ -256,45 +256,3 @@ def _packed(batch: Batch, layout: Layout) -> dict[str, Any]:
     """Without a mask and without a cache transformers keeps apart what starts again at position 0."""
     ids = layout.packed(batch["input_ids"], batch["attention_mask"].bool())
     return {"input_ids": ids, "position_ids": layout.position_ids, "use_cache": False}
-
-
-def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Logits (items, vocabulary) at `positions` (examples, tokens; true where wanted); no others are computed."""
-    return _logits_at(model, inputs, positions.flatten().nonzero().squeeze(1), positions.shape[1])
-
-
-def _logits_at(model: nn.Module, inputs: dict[str, Any], places: Tensor, width: int) -> Tensor:
-    """Logits (items, vocabulary) at places of the flattened outputs, which are `width` long."""
-    with _output_only_at(model, places, width) as seen:
-        logits: Tensor = model(**inputs).logits
-    return logits.flatten(0, -2) if seen else logits.flatten(0, 1)[places]
-
-
-@contextmanager
-def _output_only_at(
-    model: Any, places: Tensor, width: int, instead: Callable[[Tensor], Tensor] = lambda rows: rows
-) -> Iterator[list[bool]]:
-    """Let the output projection see only the hidden states at `places`; yields a list that stays empty if it saw none,
-    as in models that project without a module.
-
-    What is computed after it, such as a bias or a cap on logits, works on any number of positions.
-
-    Args:
-        instead: what it is given in their stead, (items, width).
-    """
-    projection = unwrapped(model).get_output_embeddings()
-    seen: list[bool] = []
-
-    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *others = inputs
-        seen.append(True)
-        before = hidden.shape[1] - width  # virtual tokens that the method put in front
-        # as many examples of one position: what cuts virtual tokens off leaves those alone
-        return (instead(hidden[:, before:].flatten(0, 1)[places]).unsqueeze(1), *others)
-
-    handle = projection.register_forward_pre_hook(select) if projection is not None else None
-    try:
-        yield seen
-    finally:
-        if handle is not None:
-            handle.remove()
