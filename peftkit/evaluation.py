@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftkit.data.collate import collate
+from peftkit.engine.engage import shortened
+from peftkit.engine.settings import Engine
 from peftkit.errors import TrainingError
 from peftkit.metrics.extra import extra_values
 from peftkit.prepare import Split
@@ -77,7 +79,8 @@ def predict(model: nn.Module, task: Task, split: Split, accelerator: Accelerator
     model.eval()
     found: list[tuple[int, Prediction]] = []
     pace = pace_of(accelerator)
-    with on_request(model, accelerator), torch.no_grad(), accelerator.autocast():
+    engine = getattr(accelerator, "engine", Engine())
+    with shortened(model, engine), on_request(model, accelerator), torch.no_grad(), accelerator.autocast():
         for indices in batches[accelerator.process_index :: accelerator.num_processes]:
             pace.beat("predicting", split.name)
             batch = collate([examples[index] for index in indices], split.pad_id, accelerator.device)

@@ -12,6 +12,7 @@ from peftkit.artifacts.store import saved_parameters
 from peftkit.backbones.quantize import packed
 from peftkit.config import Run
 from peftkit.console import say
+from peftkit.engine.engage import fallbacks
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import numel, trained_parameters
 from peftkit.planning.announced import expect_memory
@@ -54,6 +55,8 @@ def announce(run: Run, data: Prepared, model: nn.Module, accelerator: Accelerato
         f"training  {steps:,} steps of {run.training.batch_size} examples, {run.training.precision}, "
         f"{processes} on {_device(accelerator)}, seed {run.training.seed}"
     )
+    for name, reason in fallbacks(model, run.engine).items():
+        say(f"          without engine.{name}: {reason}")
     say(f"memory    {expect_memory(run, data, model, accelerator)}")
     if is_unpaged(run.training.optimizer):
         say("          optimizer paged_adamw is adamw here: there is no GPU memory to page")

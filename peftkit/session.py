@@ -52,6 +52,7 @@ def start(run: Run, needs_data: bool = True) -> Accelerator:
     sharding = sharding_of(run)
     accelerator = _training_accelerator(run, folder)
     accelerator.sharding = _among(accelerator, sharding)
+    accelerator.engine = run.engine
     if run.training.precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would train in float32 without a word
         raise UsageError("training.precision: fp16 needs a GPU; use bf16 or fp32 here")
@@ -142,7 +143,9 @@ def inference_accelerator(run: Run) -> Accelerator:
     import torch
 
     precision = MIXED_PRECISION[run.training.precision]
-    return _accelerator("no" if precision == "fp16" and not torch.cuda.is_available() else precision)
+    accelerator = _accelerator("no" if precision == "fp16" and not torch.cuda.is_available() else precision)
+    accelerator.engine = run.engine
+    return accelerator
 
 
 def run_folder(run: Run) -> Path:

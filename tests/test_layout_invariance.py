@@ -124,7 +124,8 @@ def figures(run: Path, key: str) -> list[float]:
 
 
 def tolerance(name: str) -> float:
-    return 1e-12 if name == "float64" else 1e-6
+    # where everything trains, rounding of earlier steps is in all that follows
+    return {"float64": 1e-12, "full": 2e-6}.get(name, 1e-6)
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS)

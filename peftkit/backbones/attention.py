@@ -25,6 +25,8 @@ from peftkit.errors import MethodError
 
 NAME = "peftkit"
 """What transformers' registry of attention functions knows the seam by."""
+OWN = "own_attention"
+"""Attribute of an attention module: what may attend in place of torch's function, or return None."""
 IMPLEMENTATIONS = ("sdpa", "eager")
 BY_HAND = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("deberta", "deberta_v2", "mpnet"))
 """Where attention does not ask the registry; `attention_by_hand` knows how it goes."""
@@ -47,25 +49,38 @@ def attention_modules(model: nn.Module, layout: Layout) -> list[AttentionModule]
     Raises:
         MethodError: there are none that the layout knows, or it is not known how they attend.
     """
+    keys, values = (find_targets(model, layout, role) for role in ("key", "value"))
+    return [
+        AttentionModule(name, re.sub(r"\b\d+\b", "*", name), _width(keys, name), _width(values, name))
+        for name in attending(model, layout)
+    ]
+
+
+def attending(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    """The modules of the blocks that attend by name, in model order, whatever was attached to the model.
+
+    Raises:
+        MethodError: there are none that the layout knows, or it is not known how they attend.
+    """
     config: Any = model.config
     # the layers of a decoder without an encoder have cross attention too, which is never called
     paths = layout.attention if config.is_encoder_decoder else layout.attention[:1]
     inside = in_blocks(layout)
-    matches = ((name, inside.search(name)) for name, _ in model.named_modules())
-    kinds = {name: re.sub(r"\b\d+\b", "*", name) for name, match in matches if match and match["path"] in paths}
-    if not kinds:
+    matches = ((name, part, inside.search(name)) for name, part in model.named_modules())
+    found = {name: part for name, part, match in matches if match and match["path"] in paths}
+    if not found:
         raise MethodError(
             f"{architecture(model)} has no attention modules that its row in peftkit/backbones/layouts.py names; "
             "add their paths there"
         )
-    for name in kinds:
+    for name in found:
         _check_seam(model, name)
-    keys, values = (find_targets(model, layout, role) for role in ("key", "value"))
-    return [AttentionModule(name, kind, _width(keys, name), _width(values, name)) for name, kind in kinds.items()]
+    return found
 
 
 def open_seam(module: nn.Module) -> None:
-    """Let the `BeforeAttention` children of an attention module, if any, change what it attends with.
+    """Let the `BeforeAttention` children of an attention module, if any, change what it attends with, and examples
+    share a row.
 
     The model's configuration is left alone: masks are made as before, and nothing of this is saved with it.
 
@@ -73,11 +88,11 @@ def open_seam(module: nn.Module) -> None:
         MethodError: the model attends by a function that takes no mask of every query and key.
     """
     attention: Any = module
-    if _is_by_hand(module):
+    if is_by_hand(module):
         from peftkit.backbones.attention_by_hand import OPEN
 
         attention.__class__ = OPEN.get(type(module), type(module))
-    elif not hasattr(attention, "model_config"):
+    elif not is_open(module):
         AttentionInterface.register(NAME, attend)
         attention.model_config = attention.config
         attention.config = copy.copy(attention.config)
@@ -85,23 +100,48 @@ def open_seam(module: nn.Module) -> None:
         _own_function(attention)
 
 
+def is_open(module: nn.Module) -> bool:
+    """Whether `attend` is what the module attends by."""
+    return hasattr(module, "model_config")
+
+
+def close_seam(module: nn.Module) -> None:
+    """Undo `open_seam` for a module that asks the registry."""
+    attention: Any = module
+    attention.config = attention.model_config
+    del attention.model_config
+
+
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of modules whose seam is open: the model's own, after the `BeforeAttention` children.
 
+    With `unpadded` among the options, a row of examples attends each to itself, and there is no other mask.
+
     Raises:
         MethodError: the model was switched to a function that takes no mask of every query and key.
     """
     implementation, function = _own_function(module)
+    unpadded = options.pop("unpadded", None)
     causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    hides = implementation == "sdpa" and attention_mask is None and query.shape[2] > 1 and bool(causal)
-    given = changed(module, Attention(query, key, value, attention_mask, options.get("position_bias"), hides))
-    if given.position_bias is not None:
-        options["position_bias"] = given.position_bias
-    result: tuple[Tensor, Tensor | None] = function(module, *given[:4], **options)
-    return result
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+    def own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        hides = implementation == "sdpa" and mask is None and query.shape[2] > 1 and causal
+        given = changed(module, Attention(query, key, value, mask, options.get("position_bias"), hides))
+        if implementation == "sdpa" and (instead := getattr(module, OWN, None)) is not None:
+            context = instead(given, options.get("dropout", 0.0), options.get("scaling"))
+            if context is not None:
+                return context, None
+        bias = {} if given.position_bias is None else {"position_bias": given.position_bias}
+        result: tuple[Tensor, Tensor | None] = function(module, *given[:4], **options | bias)
+        return result
+
+    if unpadded is None:
+        return own(query, key, value, attention_mask)
+    additive = implementation == "eager"
+    return unpadded.attended(lambda *given: own(*given)[0], query, key, value, causal, additive), None
 
 
 def _own_function(module: Any) -> tuple[str, Callable[..., Any]]:
@@ -128,7 +168,7 @@ def _calls_registry(module: nn.Module) -> bool:
 
 def _check_seam(model: nn.Module, name: str) -> None:
     module, reason = model.get_submodule(name), ""
-    if not _is_by_hand(module) and not _calls_registry(module):
+    if not is_by_hand(module) and not _calls_registry(module):
         reason = "computes its scores by itself"
     if getattr(module, "talking_head", False):
         reason = "mixes its heads (talking_head)"
@@ -139,7 +179,7 @@ def _check_seam(model: nn.Module, name: str) -> None:
         )
 
 
-def _is_by_hand(module: nn.Module) -> bool:
+def is_by_hand(module: nn.Module) -> bool:
     return any(kind.__module__ in BY_HAND for kind in type(module).__mro__)
 
 

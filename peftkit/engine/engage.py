@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.layouts import layout_for
@@ -11,7 +11,7 @@ from peftkit.engine.settings import Engine
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -19,17 +19,54 @@ def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterato
     """`model` as it computes with these settings; afterwards it is as it was before."""
     from torch.distributed.fsdp import FSDPModule
 
-    from peftkit.engine.dropout import fast_dropout, keep_mask, plain_mask
+    from peftkit.engine.dropout import fast_dropout
 
     with contextlib.ExitStack() as techniques:
+        techniques.enter_context(shortened(model, settings))
         # what `fully_shard` gathers for one module at a time is not there for another
         if settings.fused_lora and hasattr(model, "peft_config") and not isinstance(model, FSDPModule):
             from peftkit.engine.lora_groups import fused_lora
 
             peft_model: Any = model
             layout = layout_for(peft_model.get_base_model().config.model_type, model)
-            draw = keep_mask if settings.fast_dropout else plain_mask
-            techniques.enter_context(fused_lora(model, layout, draw))
+            techniques.enter_context(fused_lora(model, layout, _draw(settings)))
         if settings.fast_dropout and device.type == "cpu":
             techniques.enter_context(fast_dropout(model))
+        yield
+
+
+def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
+    """The techniques that `settings` ask for and `model` does without, each with the reason."""
+    from peftkit.engine import padding_free, supervised
+
+    reasons = {
+        "padding_free": padding_free.why_not(padding_free.pretrained(model)),
+        "supervised_loss": supervised.why_not(model),
+    }
+    return {name: reason for name, reason in reasons.items() if reason and getattr(settings, name)}
+
+
+def _draw(settings: Engine) -> Callable[[Tensor, float], Tensor]:
+    from peftkit.engine.dropout import keep_mask, plain_mask
+
+    return keep_mask if settings.fast_dropout else plain_mask
+
+
+@contextlib.contextmanager
+def shortened(model: nn.Module, settings: Engine) -> Iterator[None]:
+    """`model` without the work that nobody reads, and attending in the fastest way, as in evaluations; what is in it
+    already stays."""
+    from peftkit.engine.attention import chosen_attention
+    from peftkit.engine.last_block import read_only
+    from peftkit.engine.padding_free import without_padding
+    from peftkit.engine.supervised import supervised_only
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(chosen_attention(model, settings.attention, _draw(settings)))
+        if settings.padding_free:
+            stack.enter_context(without_padding(model))
+            if settings.read_positions:
+                stack.enter_context(read_only(model))
+        if settings.supervised_loss:
+            stack.enter_context(supervised_only(model))
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from peftkit.schema import Section
 
 
@@ -14,5 +16,17 @@ class Engine(Section):
     fused_lora: bool = True
     """Compute LoRA's projections of one input together, with one copy of the input kept; what peft does otherwise
     (DoRA and its other variants, adapters with a bias, several at once) stays with peft."""
+    padding_free: bool = True
+    """Compute the real tokens of a batch in one row; only attention pads, within groups of examples of similar length.
+    Encoder-decoders and models that compute attention scores by themselves (DeBERTa, MPNet) stay padded."""
+    supervised_loss: bool = True
+    """Take a language model's loss from some supervised tokens at a time, with the gradient formed in the forward pass,
+    so that their logits are never held together. What changes its logits afterwards (Gemma 2, BART) stays as it was."""
+    read_positions: bool = True
+    """Of the last block, compute only what is read of it: the first token for a class, tokens with labels. For BERT's
+    and Llama's relatives, where batches go without padding and nothing else was added to the block's modules."""
+    attention: Literal["auto", "sdpa", "plain"] = "auto"
+    """What attends where the model would use torch's `sdpa`: that, the plain formula, or for each dtype and length
+    whichever is faster; the formula is on CPUs with dropout, and with half precision."""
     fast_dropout: bool = True
     """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""

@@ -18,7 +18,7 @@ from peftkit.backbones.modules import head_modules
 from peftkit.backbones.quantize import is_quantized, quantize
 from peftkit.config import Run
 from peftkit.data.collate import collate
-from peftkit.engine.engage import engaged
+from peftkit.engine.engage import engaged, shortened
 from peftkit.methods import TopLayers
 from peftkit.methods.base import trained_parameters
 from peftkit.planning.states import optimizer_bytes
@@ -174,7 +174,7 @@ def trace_model(ledger: Ledger, model: nn.Module, run: Run, work: Workload) -> T
     step, ledger.operations = ledger.operations, Counter()
     model.zero_grad()
     ledger.peak = ledger.live
-    with ledger, _evaluating(model), contextlib.suppress(NeedsValues):
+    with shortened(model, run.engine), ledger, _evaluating(model), contextlib.suppress(NeedsValues):
         # a prediction ends in numbers; by then the model has run
         run.task.while_training().predict(model, collate(work.evaluation, work.pad_id), _labels(run, work))
     return Trace(

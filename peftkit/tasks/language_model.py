@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import model_validator
 
@@ -14,15 +14,19 @@ from peftkit.backbones.causal import check_packing
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.data.packing import Layout, lay_out
+from peftkit.engine.padding_free import is_unpadded
+from peftkit.engine.supervised import check_last, engaged_head, for_chunks, sample, summed_losses
 from peftkit.errors import DataError, UsageError
 from peftkit.metrics.text import text_scores
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task
 from peftkit.tasks.generation import Generation, generate, unwrapped
+from peftkit.tasks.outputs_read import logits_at_places, output_only_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 PROMPT, ENDS = "prompt", "ends"
 """Keys of an example: the token ids that text is generated after (None: for this row there is none), and the ids of
 tokens that end it."""
@@ -97,10 +101,12 @@ class LanguageModel(Task, ABC):
     def supervised_logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (items, vocabulary) and labels (items,) of the supervised tokens, example by example; no others are
         computed."""
-        kept = self._supervised(batch["labels"])
-        at = kept.roll(-1, 1) if self.looks_back else kept
-        inputs, places, width = self._laid_out(model, batch)
-        return _logits_at(model, inputs, places[at], width), batch["labels"][kept]
+        inputs, places, width, labels = self._read(model, batch)
+        return logits_at_places(model, inputs, places, width), labels
+
+    def summed_loss(self, model: nn.Module, batch: Batch, class_weights: Tensor) -> Tensor:
+        losses = self._at_head(model, batch, partial(summed_losses, losses=self.loss.losses_and_gradients))
+        return super().summed_loss(model, batch, class_weights) if losses is None else losses
 
     def loss_of(self, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
         return self.loss.item_losses(logits.float(), labels).sum()
@@ -124,10 +130,14 @@ class LanguageModel(Task, ABC):
         import torch
         from torch.nn.functional import cross_entropy
 
-        logits, wanted = self.supervised_logits(model, batch)
-        pairs = list(zip(logits.split(CHUNK), wanted.split(CHUNK), strict=True))
-        losses = torch.cat([cross_entropy(one.float(), two, reduction="none") for one, two in pairs])
-        right = torch.cat([one.argmax(-1) == two for one, two in pairs])
+        def compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+            return cross_entropy(logits.float(), wanted, reduction="none"), logits.argmax(-1) == wanted
+
+        found = self._at_head(model, batch, partial(for_chunks, use=compare))
+        if found is None:
+            logits, wanted = self.supervised_logits(model, batch)
+            found = list(map(compare, logits.split(CHUNK), wanted.split(CHUNK)))
+        losses, right = (torch.cat(parts) for parts in zip(*found, strict=True))
         counts = self._supervised(batch["labels"]).sum(1).tolist()
         return list(zip(losses.split(counts), right.split(counts), strict=True))
 
@@ -182,6 +192,35 @@ class LanguageModel(Task, ABC):
             for index, tokens in zip(wanted, found, strict=True):
                 predictions[index]["generated"] = tokens
 
+    def _read(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor, int, Tensor]:
+        """The model's inputs, where in its flattened outputs supervised tokens are predicted, how long those are, and
+        the labels (items,)."""
+        kept = self._supervised(batch["labels"])
+        at = kept.roll(-1, 1) if self.looks_back else kept
+        inputs, places, width = self._laid_out(model, batch)
+        return inputs, places[at], width, batch["labels"][kept]
+
+    def _at_head(self, model: nn.Module, batch: Batch, compute: Callable[[nn.Linear, Tensor, Tensor], T]) -> T | None:
+        """What is computed of the output projection, what it is given where tokens are supervised, and their labels;
+        None where logits have to be formed."""
+        plain = unwrapped(model)
+        head = engaged_head(plain)
+        if head is None:
+            return None
+        inputs, places, width, labels = self._read(model, batch)
+        found: list[tuple[T, Tensor]] = []
+
+        def instead(rows: Tensor) -> Tensor:
+            rest, expected = sample(head, rows)
+            found.append((compute(head, rows, labels), expected))
+            return rest
+
+        with output_only_at(model, inputs, places, width, instead):
+            logits = model(**inputs).logits
+        ((computed, expected),) = found
+        check_last(plain, head, expected, logits)
+        return computed
+
     def _supervised(self, labels: Tensor) -> Tensor:
         """Where labels count; nothing comes before the first token that could predict it."""
         kept = labels != IGNORED
@@ -206,7 +245,7 @@ class CausalLanguageModel(LanguageModel, ABC):
     that less padding is computed. Neither the loss nor a prediction changes."""
 
     def _laid_out(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor, int]:
-        if not self.packing:
+        if not self.packing or is_unpadded(unwrapped(model)):  # either way no padding is computed
             return super()._laid_out(model, batch)
         check_packing(unwrapped(model))
         layout = lay_out(batch["attention_mask"], self.max_length)
@@ -217,40 +256,3 @@ def _packed(batch: Batch, layout: Layout) -> dict[str, Any]:
     """Without a mask and without a cache transformers keeps apart what starts again at position 0."""
     ids = layout.packed(batch["input_ids"], batch["attention_mask"].bool())
     return {"input_ids": ids, "position_ids": layout.position_ids, "use_cache": False}
-
-
-def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Logits (items, vocabulary) at `positions` (examples, tokens; true where wanted); no others are computed."""
-    return _logits_at(model, inputs, positions.flatten().nonzero().squeeze(1), positions.shape[1])
-
-
-def _logits_at(model: nn.Module, inputs: dict[str, Any], places: Tensor, width: int) -> Tensor:
-    """Logits (items, vocabulary) at places of the flattened outputs, which are `width` long."""
-    with _output_only_at(model, places, width) as seen:
-        logits: Tensor = model(**inputs).logits
-    return logits.flatten(0, -2) if seen else logits.flatten(0, 1)[places]
-
-
-@contextmanager
-def _output_only_at(model: Any, places: Tensor, width: int) -> Iterator[list[bool]]:
-    """Let the output projection see only the hidden states at `places`; yields a list that stays empty if it saw none,
-    as in models that project without a module.
-
-    What is computed after it, such as a bias or a cap on logits, works on any number of positions.
-    """
-    projection = unwrapped(model).get_output_embeddings()
-    seen: list[bool] = []
-
-    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *others = inputs
-        seen.append(True)
-        before = hidden.shape[1] - width  # virtual tokens that the method put in front
-        # as many examples of one position: what cuts virtual tokens off leaves those alone
-        return (hidden[:, before:].flatten(0, 1)[places].unsqueeze(1), *others)
-
-    handle = projection.register_forward_pre_hook(select) if projection is not None else None
-    try:
-        yield seen
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftkit.data.collate import collate
 from peftkit.tasks.base import Batch
-from peftkit.tasks.language_model import logits_at
+from peftkit.tasks.outputs_read import logits_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -30,6 +30,13 @@ class CrossEntropy(Section):
 
         return cross_entropy(logits, labels, reduction="none")
 
+    def losses_and_gradients(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`item_losses`, and the gradient of their sum by the logits: softmax − one-hot; without a graph."""
+        logs = logits.log_softmax(-1)
+        at = labels.unsqueeze(1)
+        losses = -logs.gather(1, at).squeeze(1)
+        return losses, logs.exp_().scatter_add_(1, at, -logs.new_ones(at.shape))
+
 
 class Weighted(CrossEntropy):
     """Cross-entropy in which rare classes count more, or classes count as given."""
@@ -57,6 +64,9 @@ class LabelSmoothed(CrossEntropy):
 
         return cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
 
+    def losses_and_gradients(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return _by_autograd(self, logits, labels)
+
 
 class Focal(CrossEntropy):
     """(1 − p)^γ · −log p, which dwells on what is still wrong (Lin et al. 2017, equation 4)."""
@@ -69,6 +79,9 @@ class Focal(CrossEntropy):
         # expm1 is exact where p is near 1; the floor keeps the gradient finite at p = 1 when γ < 1
         wrong = (-losses).expm1().neg().clamp(min=1e-30)
         return wrong.pow(self.gamma) * losses
+
+    def losses_and_gradients(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return _by_autograd(self, logits, labels)
 
 
 class BinaryCrossEntropy(Section):
@@ -126,6 +139,16 @@ _SequenceLossName = Literal[_LossName, "binary_cross_entropy", "squared_error"]
 AnySequenceLoss = Annotated[
     _SequenceLoss, BeforeValidator(_loss_by_name, json_schema_input_type=_SequenceLoss | _SequenceLossName)
 ]
+
+
+def _by_autograd(loss: CrossEntropy, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
+    with torch.enable_grad():
+        held = logits.detach().requires_grad_()
+        losses = loss.item_losses(held, labels)
+        (gradient,) = torch.autograd.grad(losses.sum(), held)
+    return losses.detach(), gradient
 
 
 def summed_loss(loss: CrossEntropy, logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:

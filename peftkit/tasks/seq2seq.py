@@ -108,8 +108,8 @@ class Seq2Seq(LanguageModel):
     def model_inputs(self, batch: Batch) -> dict[str, Any]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}
 
-    def supervised_logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        return super().supervised_logits(model, _with_decoder_inputs(model, batch))
+    def _laid_out(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor, int]:
+        return super()._laid_out(model, _with_decoder_inputs(model, batch))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Shape (examples, target tokens, vocabulary), of every token of the targets.

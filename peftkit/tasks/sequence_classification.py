@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peftkit.backbones.load import Head
 from peftkit.data.files import Rows
+from peftkit.engine.last_block import reading_texts
 from peftkit.errors import UsageError
 from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task
 from peftkit.tasks.columns import texts_in
@@ -126,9 +127,12 @@ class SequenceClassification(Task):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Shape (examples, outputs)."""
-        logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.pooling == "cls":
-            return logits
+            with reading_texts(model, batch["attention_mask"]):
+                found: Tensor = model(**inputs).logits
+            return found
+        logits: Tensor = model(**inputs).logits
         mask = batch["attention_mask"].unsqueeze(-1).to(logits.dtype)
         return (logits * mask).sum(1) / mask.sum(1)
 

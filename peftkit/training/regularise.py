@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.dropout import has_dropout
 from peftkit.config import TrainingSettings
+from peftkit.engine.padding_free import padded
 from peftkit.errors import TrainingError, UsageError
 from peftkit.tasks.base import Batch, Task
 
@@ -97,7 +98,8 @@ class Adversarial(Objective):
         self._seen = []
         handles = [layer.register_forward_hook(perturb if number else remember) for layer in self._layers]
         try:
-            loss = self.task.summed_loss(model, batch, class_weights) / 2
+            with padded(plain):  # each example is perturbed by itself, and has a row of its own
+                loss = self.task.summed_loss(model, batch, class_weights) / 2
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,40 @@
+"""Which function attends: torch's own, or the formula where that is faster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftkit.engine.padding_free import attending, pretrained, why_closed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Choice = Literal["auto", "sdpa", "plain"]
+
+
+@contextlib.contextmanager
+def chosen_attention(model: nn.Module, choice: Choice, draw: Callable[[Tensor, float], Tensor]) -> Iterator[None]:
+    """`model` attending as `choice` says where it would attend by torch's function, and afterwards as it did.
+
+    Args:
+        draw: the byte masks of attention's dropout.
+    """
+    from peftkit.backbones.attention import OWN, close_seam, is_open, open_seam
+    from peftkit.engine.plain_attention import PlainAttention
+
+    base = pretrained(model)
+    parts: list[Any] = [] if choice == "sdpa" or why_closed(base) else list(attending(base).values())
+    parts = [part for part in parts if not hasattr(part, OWN)]
+    closed = [part for part in parts if not is_open(part)]
+    try:
+        for part in parts:
+            open_seam(part)
+            setattr(part, OWN, PlainAttention(draw, choice == "plain"))
+        yield
+    finally:
+        for part in parts:
+            delattr(part, OWN)
+        for part in closed:
+            close_seam(part)
