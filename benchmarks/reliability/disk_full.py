@@ -49,11 +49,12 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
             os.posix_fallocate(stream.fileno(), 0, max(1, left - room))
         os.kill(process, signal.SIGCONT)
         code = program.forks.wait(process)
-        found = {"room": room, "exit_code": code, "said": last_error(said)}
+        told = last_error(said)
+        found = {"room": room, "exit_code": code, "said": told}
         filler.unlink()
         if code == 0:
             return {"outcome": SAME, "fitted": True} | found
-        if column == "peftkit" and not (code == 1 and found["said"].startswith("error: no space left on the disk")):
+        if column == "peftkit" and not (code == 1 and told.startswith("error: no space left on the disk")):
             return {"outcome": NOT_TOLD} | found
         return concluded(program, again(program, METHOD, target, said), target, program.whole(METHOD), said) | found
 

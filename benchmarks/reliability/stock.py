@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> int:
     from transformers.trainer_utils import get_last_checkpoint
 
     config = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    config |= dict(tuple(one.split("=", 1)) for one in arguments[1:])
+    for name, _, value in (one.partition("=") for one in arguments[1:]):
+        config[name] = value
     output = Path(config["output"])
     output.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(config)

@@ -207,7 +207,7 @@ class Workbench:
     def _stock_configs(self, folder: Path) -> dict[str, Path]:
         configs = {name: folder / f"{name}.json" for name in stock.METHODS}
         for name, file in configs.items():
-            config = {"backbone": str(self.backbone), "train": self.data["train"], "method": name}
+            config: dict[str, Any] = {"backbone": str(self.backbone), "train": self.data["train"], "method": name}
             config |= {"output": str(folder / name), "learning_rate": 0.002 if name == "full" else 0.01, "seed": 1}
             config |= {"max_steps": STEPS, "per_device_train_batch_size": 15, "save_steps": EVERY}
             file.write_text(json.dumps(config), encoding="utf-8")
