@@ -39,8 +39,8 @@ LONG = 900.0
 def trials(tier: str) -> list[str]:
     if tier == "short":
         return ["lora-row-0"]
-    rows = [f"{method}-row-{number}" for number in range(3) for method in ("lora", "adalora")]
-    return [*rows, *(f"lora-launch-{number}" for number in range(len(VICTIMS)))]
+    rows = [f"{method}-row-{number}" for number in range(2) for method in ("lora", "adalora")]
+    return [*rows, *(f"lora-launch-{number}" for number in (0, 2))]
 
 
 def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, Any]:
@@ -56,13 +56,13 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
 
     for victims in (*VICTIMS, chance.choice(VICTIMS)):
         said.write_bytes(b"")
-        job, steps, rest = _job(program, method, target, said), chance.randint(1, 3), chance.uniform(0, 0.1)
+        job, steps, rest = _job(program, method, target, said), chance.randint(2, 6), chance.uniform(0, 0.1)
         _wait_for_steps(said, steps, job[0])
         time.sleep(rest)
         for rank in victims:
             os.kill(job[rank], signal.SIGKILL)
         codes = program.forks.wait_for_all(job)
-        if codes != [KILLED] * PROCESSES:  # it was over, or failed to go on, which the conclusion tells
+        if KILLED not in codes:  # it was over, or failed to go on, which the conclusion tells
             break
         killed.append(f"after {steps} steps: {', '.join(map(str, victims))}")
     return {"killed": killed} | concluded(program, command, target, whole, said)

@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make_trainer(config: dict[str, Any]) -> Any:
+def make_trainer(config: dict[str, Any], model: Any = None) -> Any:
+    """Their Trainer for a configuration, on a model that `make_model` made before or makes now."""
     from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
     settings = {name: config[name] for name in SETTINGS}
@@ -55,7 +56,7 @@ def make_trainer(config: dict[str, Any]) -> Any:
         **settings,
     )
     return Trainer(
-        model=make_model(config),
+        model=make_model(config) if model is None else model,
         args=arguments,
         train_dataset=encoded(config["train"], tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),

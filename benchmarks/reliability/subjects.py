@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import json
 import shutil
@@ -103,10 +104,24 @@ def stock_adapter(bench: Workbench, method: str, seed: int) -> Path:
 def stock_trainer(bench: Workbench, method: str, folder: Path, seed: int = 1, **arguments: Any) -> Any:
     """The stock column's Trainer for a folder."""
     config = json.loads(bench.program("stock").configs[method].read_text(encoding="utf-8"))
-    trainer = stock.make_trainer(config | {"output": str(folder), "seed": seed})
+    model = copy.deepcopy(_stock_model(bench, method))
+    trainer = stock.make_trainer(config | {"output": str(folder), "seed": seed}, model)
     for name, value in arguments.items():
         setattr(trainer.args, name, value)
     return trainer
+
+
+@cache
+def _stock_model(bench: Workbench, method: str) -> Any:
+    """Untrained; made once, because making it takes longer than training it."""
+    from transformers import set_seed
+
+    set_seed(1)
+    model = stock.make_model(json.loads(bench.program("stock").configs[method].read_text(encoding="utf-8")))
+    # Trainer collects garbage whenever it starts, and would look through all that is imported
+    gc.collect()
+    gc.freeze()
+    return model
 
 
 def checkpoints(folder: Path) -> list[Path]:
