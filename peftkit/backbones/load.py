@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from peftkit.backbones.download import PREFIX
 from peftkit.backbones.dropout import set_dropout
 from peftkit.backbones.layouts import Layout, layout_for
 from peftkit.backbones.modules import head_modules
+from peftkit.backbones.precision import Dtype
 from peftkit.backbones.quantization import AnyQuantization
 from peftkit.backbones.quantize import mend, quantize
 from peftkit.backbones.runs import resolved
@@ -44,7 +45,9 @@ class BackboneSettings(Section):
     """`bundled:minilm`, a folder, a hub id such as FacebookAI/roberta-base, or the folder of a finished run, whose
     merged model is meant."""
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
+    """Of frozen weights and activations; adapters and heads are float32 with all. `auto`: bfloat16 where the processor
+    multiplies it, and else float32; the run records which."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of hidden states, attention and head while training; default: what the model's configuration says."""
     quantization: AnyQuantization | None = None
