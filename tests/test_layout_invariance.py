@@ -102,6 +102,8 @@ def _cell(folder: Path, name: str, layout: str, backbone: Path) -> dict[str, Any
     task = chosen.get("task", {}) | (PACKED if layout.startswith("packed") else {})
     settings = {"evaluate_every": 6, "keep_best": False} | chosen.get("training", {}) | training
     run = layout_cells.config(folder / name / layout, backbone, folder, chosen["method"], task, **settings)
+    if layout.startswith("packed"):
+        run["engine"] = {"padding_free": False}  # without padding there is nothing to pack
     return {
         "config": run,
         "environment": environment,
