@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterator[None]:
     """`model` as it computes with these settings; afterwards it is as it was before."""
-    from peftkit.engine.dropout import fast_dropout, keep_mask, plain_mask
+    from peftkit.engine.dropout import fast_dropout
 
     with contextlib.ExitStack() as techniques:
         techniques.enter_context(shortened(model, settings))
