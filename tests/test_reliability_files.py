@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 
 from benchmarks.reliability import corruptions, hostile, not_numbers, payloads
+from benchmarks.reliability.__main__ import RESULTS
 from benchmarks.reliability.confined import Late, apart, within
 from benchmarks.reliability.mutations import KINDS, NothingDone, mutate
 from benchmarks.reliability.workbench import Workbench
+
+PAGE = Path(__file__).parents[1] / "docs" / "reliability_files.md"
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,33 @@ def test_a_process_apart_has_limits() -> None:
     assert apart(lambda: {"never": os.read(os.pipe()[0], 1)}, 0.2, 100)["ended"] == "time"
     with pytest.raises(Late):
         within(0.1, lambda: os.read(os.pipe()[0], 1))
+
+
+def counted(experiment: str, column: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / f"{experiment}.json").read_text(encoding="utf-8"))[column]
+    return document
+
+
+def test_the_page_says_what_was_counted() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for what, silently in (("checkpoints", "goes on"), ("adapters", "loads")):
+        ours, theirs = (Counter(counted("corruptions", column)[what]["outcomes"]) for column in ("peftkit", "stock"))
+        named = theirs[corruptions.REFUSED]
+        silent = theirs[corruptions.SAME] + theirs[corruptions.OTHER]
+        result = "to other weights" if what == "checkpoints" else "with other outputs"
+        assert set(ours) <= {corruptions.PASSED, corruptions.REFUSED} and ours.total() == 616
+        assert (
+            f"| corrupted {what} | 616 | noticed 616, file named 616 | {theirs.total()} | noticed "
+            f"{named + theirs[corruptions.UNNAMED]}, file named {named}; {silently} silently {silent}, "
+            f"{result} {theirs[corruptions.OTHER]} |"
+        ) in page
+    theirs = Counter(counted("hostile", "stock")["outcomes"])
+    loads, over = (sum(n for one, n in theirs.items() if one.startswith(start)) for start in ("loads", "takes over"))
+    tried = theirs.total() - theirs["not offered"]
+    refused = f"refused {theirs[hostile.REFUSED]}, loads {loads}, runs out of time or memory {over}"
+    assert f"| hostile adapters | 48 | refused 48 | {tried} | {refused} |" in page
+    assert counted("hostile", "peftkit")["outcomes"] == {hostile.REFUSED: 48}
+    for column in ("peftkit", "stock"):
+        assert payloads.EXECUTED not in counted("payloads", column)["outcomes"]
+    assert counted("not_numbers", "peftkit")["outcomes"] == {not_numbers.STOPS: 192}
+    assert counted("not_numbers", "stock")["outcomes"]["succeeds, loss logged as 0.0, saved NaN"] == 128

@@ -192,7 +192,8 @@ def _stock(bench: Workbench, method: str, plant: Plant, folder: Path) -> dict[st
         said = _said(train)
     if said:
         return {"outcome": "stops", "said": said}
-    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event][plant.step - 1 :]
+    # a gradient spoils the loss of the step behind it
+    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event][plant.step :]
     numbers = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     logged = "loss logged as 0.0" if losses and not any(losses) else "loss logged as a number"
     saved = "saved numbers" if numbers else "saved NaN"
