@@ -30,6 +30,7 @@ from peftkit.prepare import Prepared, prepare
 from peftkit.training.optimizer import make_optimizer
 
 WriteConfig = Callable[..., Path]
+PADDED: dict[str, Any] = {"engine": {"padding_free": False}}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "targets": "all"},
     "lora dropout": {"kind": "lora", "rank": 4, "targets": "all", "dropout": 0.1},
@@ -116,7 +117,7 @@ def test_a_block_of_bert_keeps_what_its_equations_need(write_config: WriteConfig
     """Of T tokens: the block's input; q, k, v; what attention gives, with a sum for each head, and its mask in float32;
     both sums that are normalised, with mean and deviation; the first normalised one; the FFN's inner values before and
     after GELU."""
-    run = load_run(write_config(method=METHODS["full"], engine={"padding_free": False}))
+    run = load_run(write_config(method=METHODS["full"], **PADDED))
     data, work = planned(run)
     two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
     rows, longest = work.shape
@@ -135,7 +136,7 @@ def test_a_block_of_llama_keeps_what_its_equations_need(
     shutil.copytree(tiny_llama, folder)
     config = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    run = load_run(configured(write_config, **completion(tmp_path, folder, method=METHODS["full"])))
+    run = load_run(configured(write_config, **completion(tmp_path, folder, method=METHODS["full"], **PADDED)))
     data, work = planned(run)
     two, three = (traced(run, data.head, work, blocks) for blocks in (2, 3))
     rows, longest = work.shape

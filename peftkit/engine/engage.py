@@ -34,10 +34,13 @@ def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterato
 
 def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
     """The techniques that `settings` ask for and `model` does without, each with the reason."""
-    from peftkit.engine import padding_free, supervised
+    from peftkit.engine import last_block, padding_free, supervised
 
+    base = padding_free.pretrained(model)
+    padded = padding_free.why_not(base)
     reasons = {
-        "padding_free": padding_free.why_not(padding_free.pretrained(model)),
+        "padding_free": padded,
+        "read_positions": "" if padded else last_block.why_whole(base),
         "supervised_loss": supervised.why_not(model),
     }
     return {name: reason for name, reason in reasons.items() if reason and getattr(settings, name)}

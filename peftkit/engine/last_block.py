@@ -30,7 +30,7 @@ NORMS = ("input_layernorm",)
 def read_only(model: nn.Module) -> Iterator[None]:
     """`model` whose last block heeds what `reading` says, where it can; afterwards it is as it was."""
     base: Any = pretrained(model)
-    if hasattr(base, LAST) or why_whole(base):
+    if hasattr(base, LAST) or why_not(base) or why_whole(base):
         yield
         return
     hooks = _Hooks(base)
@@ -70,9 +70,7 @@ def reading_texts(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 
 def why_whole(base: Any) -> str:
-    """Why the last block of an architecture computes all tokens; empty where it need not."""
-    if reason := why_not(base):
-        return reason
+    """Why the last block of an architecture that computes no padding computes all tokens; empty where it need not."""
     if base.config.model_type not in KNOWN:
         return f"it is not known what the last block of {architecture(base)} may leave out"
     if any(part._forward_hooks or part._forward_pre_hooks for part in _last(base).modules()):

@@ -27,6 +27,6 @@ class Engine(Section):
     and Llama's relatives, where batches go without padding and nothing else was added to the block's modules."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """What attends where the model would use torch's `sdpa`: that, the plain formula, or for each dtype and length
-    whichever is faster; the formula is on CPUs with dropout, and with half precision."""
+    whichever is faster; the formula is on CPUs for long texts with dropout, and for short ones in half precision."""
     fast_dropout: bool = True
     """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""

@@ -42,11 +42,14 @@ def supervised_only(model: nn.Module) -> Iterator[None]:
 def why_not(model: nn.Module) -> str:
     """Why the logits of a language model must be formed; empty where they need not, or where there are none."""
     from torch import nn
+    from torch.distributed.fsdp import FSDPModule
 
     owner: Any = _transformer(model)
     projection, name = _projection(model), architecture(owner)
     if projection is None:
         return ""
+    if isinstance(model, FSDPModule):
+        return f"processes hold shares of the output of {name}"
     if type(projection) is not nn.Linear:
         return f"the output of {name} is not a plain linear layer"
     if projection._forward_hooks or projection._forward_pre_hooks:
