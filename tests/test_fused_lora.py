@@ -208,6 +208,30 @@ def test_what_is_not_plain_stays_with_peft(lora: dict[str, Any]) -> None:
     assert len(calls) == 2 * len(layers_of(model))
 
 
+def test_half_precision_and_autocast_stay_with_peft() -> None:
+    for dtype in (torch.float16, torch.float32):
+        model = adapted("bert", dtype=dtype)
+        layer = layers_of(model)[0]
+        values = torch.randn(2, 3, 32, dtype=dtype)
+        with (
+            engaged(model, FUSED, CPU),
+            calls_of_peft() as calls,
+            torch.autocast("cpu", enabled=dtype == torch.float32),
+        ):
+            layer(values)
+        assert calls == [1]
+
+
+def test_several_adapters_stay_with_peft() -> None:
+    model = adapted("bert")
+    layer = layers_of(model)[0]
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    with engaged(model, FUSED, CPU), calls_of_peft() as calls:
+        layer(torch.randn(2, 3, 32, dtype=torch.float64))
+    assert calls == [1]
+
+
 def test_disabled_merged_and_afterwards_it_is_pefts_model() -> None:
     model = adapted("bert", dtype=torch.float32).eval()
     names = model.state_dict().keys()

@@ -367,7 +367,7 @@ def test_evaluating_more_often_does_not_change_training(fit: Callable[..., Train
 
 
 def test_training_stops_when_dev_no_longer_gains_and_keeps_the_best(write_config: WriteConfig, tmp_path: Path) -> None:
-    run = _run(write_config, tmp_path / "run", epochs=30, early_stopping_patience=3, learning_rate=0.02)
+    run = _run(write_config, tmp_path / "run", epochs=30, early_stopping_patience=3, learning_rate=0.03)
     accelerator = start(run)
     data, _, model = _attached(run)
     record = train(model, run, data, accelerator)

@@ -17,14 +17,11 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterator[None]:
     """`model` as it computes with these settings; afterwards it is as it was before."""
-    from torch.distributed.fsdp import FSDPModule
-
     from peftkit.engine.dropout import fast_dropout
 
     with contextlib.ExitStack() as techniques:
         techniques.enter_context(shortened(model, settings))
-        # what `fully_shard` gathers for one module at a time is not there for another
-        if settings.fused_lora and hasattr(model, "peft_config") and not isinstance(model, FSDPModule):
+        if settings.fused_lora and hasattr(model, "peft_config"):
             from peftkit.engine.lora_groups import fused_lora
 
             peft_model: Any = model

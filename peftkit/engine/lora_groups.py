@@ -127,9 +127,12 @@ def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
     parts = (base, layer.lora_A[name], layer.lora_B[name], dropout)
     if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
-    if base.weight.dtype != inputs.dtype or any(one.requires_grad for one in base.parameters(recurse=False)):
+    # sums over tokens, of scaled gradients at that, would leave the range of float16
+    if inputs.dtype == torch.float16 or base.weight.dtype != inputs.dtype:
         return None
-    if torch.is_autocast_enabled(inputs.device.type):
+    if torch.is_autocast_enabled(inputs.device.type) or any(
+        one.requires_grad for one in base.parameters(recurse=False)
+    ):
         return None
     if isinstance(dropout, nn.Identity):
         return 0.0
