@@ -71,9 +71,13 @@ def reading_texts(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 def why_whole(base: Any) -> str:
     """Why the last block of an architecture that computes no padding computes all tokens; empty where it need not."""
+    from torch.distributed.fsdp import FSDPModule
+
     if base.config.model_type not in KNOWN:
         return f"it is not known what the last block of {architecture(base)} may leave out"
-    if any(part._forward_hooks or part._forward_pre_hooks for part in _last(base).modules()):
+    # those of `fully_shard` gather weights, and change nothing
+    parts = [part for part in _last(base).modules() if not isinstance(part, FSDPModule)]
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return "something was added to the modules of the last block"
     return ""
 
