@@ -21,10 +21,11 @@ from peftkit.cli import main
 from peftkit.config import Run, load_run
 from peftkit.data.collate import collate
 from peftkit.methods.base import trained_parameters
+from peftkit.planning.held import Trace
 from peftkit.planning.ledger import Ledger
 from peftkit.planning.machines import gpus, memory_size
 from peftkit.planning.states import optimizer_bytes
-from peftkit.planning.trace import Trace, attached, trace_model, traced
+from peftkit.planning.trace import attached, trace_model, traced
 from peftkit.planning.workload import Workload, from_data
 from peftkit.prepare import Prepared, prepare
 from peftkit.training.optimizer import make_optimizer

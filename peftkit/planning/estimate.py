@@ -13,8 +13,9 @@ from peftkit.config import Run
 from peftkit.memory import MAPPED as TIGHT
 from peftkit.methods import Full
 from peftkit.methods.from_peft import FromPeft
+from peftkit.planning.held import Trace
 from peftkit.planning.machines import GIB, Machine
-from peftkit.planning.trace import Trace, expected
+from peftkit.planning.trace import expected
 from peftkit.planning.workload import Workload
 from peftkit.tasks.language_model import LanguageModel
 
