@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.reliability.forks import ROOT
+from benchmarks.reliability.forks import ROOT, is_running
 from benchmarks.reliability.runs import KILLED, SAME, concluded
 from benchmarks.reliability.workbench import STEPS, Program, Workbench
 
@@ -123,7 +123,7 @@ def _ranks(launcher: int) -> list[psutil.Process]:
 
 def _wait_for_steps(said: Path, steps: int, process: int) -> None:
     """Wait until a process has said the losses of so many steps, or has ended."""
-    while Path(f"/proc/{process}/cmdline").read_bytes():  # empty once it has ended
+    while is_running(process):
         if said.is_file() and len(LOSS.findall(said.read_text(encoding="utf-8", errors="replace"))) >= steps:
             return
         time.sleep(0.005)

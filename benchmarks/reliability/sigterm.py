@@ -33,7 +33,7 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
         return NOT_OFFERED
     said, chance = folder / "said.txt", random.Random(trial)
     usual = program.seconds(method)
-    while True:  # a moment at which the run had already ended is drawn again
+    while True:  # a moment at which the run had already ended is drawn again, earlier
         moment = chance.uniform(0.05, 0.9) * usual
         target = folder / f"run-{moment:.4f}"
         process = program.forks.start(program.arguments(method, target), said)
@@ -42,6 +42,7 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
         code = program.forks.wait(process)
         if code:
             break
+        usual *= 0.7
     found = {"moment": round(moment, 4), "exit_code": code, "told_step": continued_from(said)}
     if code != ENDINGS[column]:
         return {"outcome": WRONG_CODE, "error": last_error(said)} | found
