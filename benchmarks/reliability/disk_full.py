@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability.forks import is_running
 from benchmarks.reliability.runs import SAME, again, concluded, last_error
 from benchmarks.reliability.workbench import Program, Workbench
 
@@ -71,7 +72,7 @@ def _peak(program: Program) -> int:
     if not kept.exists():
         with _disk(program.folder / "disk") as disk:
             process, most = program.forks.start(program.arguments(METHOD, disk / "run"), program.said), 0
-            while Path(f"/proc/{process}/cmdline").read_bytes():  # empty once it has ended
+            while is_running(process):
                 most = max(most, shutil.disk_usage(disk).used)
                 time.sleep(0.002)
             program.forks.wait(process)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 HANGS = 300.0
 """Seconds after which a process is ended and called hanging; a tiny run takes two."""
@@ -87,6 +89,11 @@ class Forks:
         if answer := self._process.stdout.readline():
             return answer
         raise RuntimeError(f"the forking process has ended: {Path(self._log.name).read_text()[-2000:]}")
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
 def main_of(column: str) -> Callable[[list[str]], int]:

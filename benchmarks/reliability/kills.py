@@ -13,14 +13,13 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import tracing
-from benchmarks.reliability.runs import CRASHES, KILLED, NOT_OFFERED, SAME, again, concluded
+from benchmarks.reliability.runs import CRASHES, KILLED, NOT_OFFERED, SAME, again, concluded, wait_for_moment
 from benchmarks.reliability.workbench import METHODS, Program, Workbench
 
 GOOD = (SAME,)
@@ -104,11 +103,12 @@ def _at_call(program: Program, method: str, folder: Path, chance: random.Random,
 
 
 def _at_moment(program: Program, method: str, folder: Path, chance: random.Random, part: float) -> tuple[int, str]:
-    moment = chance.uniform(0.05, 0.95) * part * program.seconds(method)
-    process = program.forks.start(program.arguments(method, folder / "run"), folder / "said.txt")
-    time.sleep(moment)
+    said = folder / "said.txt"
+    said.write_bytes(b"")
+    process = program.forks.start(program.arguments(method, folder / "run"), said)
+    place = wait_for_moment(program, method, said, process, chance)
     os.kill(process, signal.SIGKILL)
-    return program.forks.wait(process), f"moment {moment:.3f} s"
+    return program.forks.wait(process), place
 
 
 WAYS: dict[str, Way] = {"call": _at_call, "moment": _at_moment}

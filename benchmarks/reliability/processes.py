@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -23,15 +22,13 @@ from typing import Any
 import psutil
 
 from benchmarks.reliability.forks import ROOT
-from benchmarks.reliability.runs import KILLED, SAME, concluded
+from benchmarks.reliability.runs import KILLED, SAME, concluded, wait_for_steps
 from benchmarks.reliability.workbench import STEPS, Program, Workbench
 
 GOOD = (SAME, "not tried")
 NOT_TRIED = {"outcome": "not tried"}
 PROCESSES = 2
 VICTIMS = ((0,), (1,), (0, 1))
-LOSS = re.compile(r"  loss \d|'loss': ")
-"""In what peftkit and Trainer say of a step."""
 LONG = 900.0
 """Seconds in which a launched job must end."""
 
@@ -57,7 +54,7 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     for victims in (*VICTIMS, chance.choice(VICTIMS)):
         said.write_bytes(b"")
         job, steps, rest = _job(program, method, target, said), chance.randint(2, 6), chance.uniform(0, 0.1)
-        _wait_for_steps(said, steps, job[0])
+        wait_for_steps(said, steps, job[0])
         time.sleep(rest)
         for rank in victims:
             os.kill(job[rank], signal.SIGKILL)
@@ -97,7 +94,7 @@ def _launched(program: Program, method: str, victims: Sequence[int], folder: Pat
     whole = _whole(program, method)
     step = random.Random(str(victims)).randint(2, STEPS - 2)
     job = _launch(program, method, target, said)
-    _wait_for_steps(said, step, job.pid)
+    wait_for_steps(said, step, job.pid)
     ranks = _ranks(job.pid)
     for process in ranks if len(victims) > 1 else [ranks[victims[0]]]:
         process.kill()
@@ -119,11 +116,3 @@ def _ranks(launcher: int) -> list[psutil.Process]:
     """The training processes of a launcher, by rank."""
     found = [one for one in psutil.Process(launcher).children(recursive=True) if "RANK" in one.environ()]
     return sorted(found, key=lambda one: int(one.environ()["RANK"]))
-
-
-def _wait_for_steps(said: Path, steps: int, process: int) -> None:
-    """Wait until a process has said the losses of so many steps, or has ended."""
-    while Path(f"/proc/{process}/cmdline").read_bytes():  # empty once it has ended
-        if said.is_file() and len(LOSS.findall(said.read_text(encoding="utf-8", errors="replace"))) >= steps:
-            return
-        time.sleep(0.005)

@@ -72,7 +72,11 @@ class Rows:
             found = self.experiment.run(trial, column, bench, folder)
         finally:
             shutil.rmtree(folder)
-        return {"trial": trial, "column": column} | found | {"seconds": round(time.monotonic() - began, 2)}
+        return (
+            {"trial": trial, "column": column}
+            | _without_places(found, bench)
+            | {"seconds": round(time.monotonic() - began, 2)}
+        )
 
     def _add(self, row: dict[str, Any]) -> None:
         self.done.append(row)
@@ -85,6 +89,15 @@ class Rows:
 
     def _columns(self) -> Sequence[str]:
         return getattr(self.experiment, "COLUMNS", COLUMNS)
+
+
+def _without_places(found: dict[str, Any], bench: Workbench) -> dict[str, Any]:
+    """What was found, with the folders of this machine as `.`."""
+    text = json.dumps(found)
+    for place in (bench.folder, Path.cwd()):
+        text = text.replace(str(place), ".")
+    told: dict[str, Any] = json.loads(text)
+    return told
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

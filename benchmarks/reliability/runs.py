@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.forks import HUNG
-from benchmarks.reliability.workbench import Program, differing
+from benchmarks.reliability.forks import HUNG, is_running
+from benchmarks.reliability.workbench import STEPS, Program, differing
 
 KILLED = -signal.SIGKILL
+LOSS = re.compile(r"  loss \d|'loss': ")
+"""In what peftkit and Trainer say of a step."""
 NOT_OFFERED = {"outcome": "not offered"}
 SAME, DIFFERS, CRASHES, STARTS_OVER, HANGS = "same bytes", "diverges silently", "crashes", "starts over", "hangs"
+
+
+def wait_for_steps(said: Path, steps: int, process: int) -> None:
+    """Wait until a process has said the losses of so many steps, or has ended; `said` is empty when it starts."""
+    while is_running(process):
+        if said.is_file() and len(LOSS.findall(said.read_text(encoding="utf-8", errors="replace"))) >= steps:
+            return
+        time.sleep(0.002)
+
+
+def wait_for_moment(program: Program, method: str, said: Path, process: int, chance: random.Random) -> str:
+    """Wait for a random moment of a run, whatever the load of the machine; returns what it was.
+
+    One in six falls before the first step, at a random part of the time that a whole run takes; the others up to a
+    twentieth of a second after a random step.
+    """
+    if chance.random() < 1 / 6:
+        seconds = chance.uniform(0, 0.4) * program.seconds(method)
+        time.sleep(seconds)
+        return f"moment {seconds:.3f} s"
+    steps, rest = chance.randint(1, STEPS - 2), chance.uniform(0, 0.05)
+    wait_for_steps(said, steps, process)
+    time.sleep(rest)
+    return f"moment {rest:.3f} s after step {steps} of this process"
 
 
 def again(program: Program, method: str, run: Path, said: Path) -> Callable[[], int]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.runs import NOT_OFFERED, SAME, again, concluded, continued_from, last_error
+from benchmarks.reliability.runs import NOT_OFFERED, SAME, again, concluded, last_error, wait_for_moment
 from benchmarks.reliability.workbench import METHODS, Workbench
 
 GOOD = (SAME,)
@@ -32,17 +31,16 @@ def run(trial: str, column: str, bench: Workbench, folder: Path) -> dict[str, An
     if not program.offers(method):
         return NOT_OFFERED
     said, chance = folder / "said.txt", random.Random(trial)
-    usual = program.seconds(method)
     while True:  # a moment at which the run had already ended is drawn again
-        moment = chance.uniform(0.05, 0.9) * usual
-        target = folder / f"run-{moment:.4f}"
+        target = folder / f"run-{chance.random()}"
+        said.write_bytes(b"")
         process = program.forks.start(program.arguments(method, target), said)
-        time.sleep(moment)
+        moment = wait_for_moment(program, method, said, process, chance)
         os.kill(process, signal.SIGTERM)
         code = program.forks.wait(process)
         if code:
             break
-    found = {"moment": round(moment, 4), "exit_code": code, "told_step": continued_from(said)}
+    found = {"moment": moment, "exit_code": code}
     if code != ENDINGS[column]:
         return {"outcome": WRONG_CODE, "error": last_error(said)} | found
     command = again(program, method, target, said)
