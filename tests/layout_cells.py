@@ -107,11 +107,11 @@ def _recorded(cell: dict[str, Any], gradients: dict[str, Any], facts: dict[str, 
 
     update, accumulate, save = _Loop._update, _Loop._accumulate, _Loop._save
 
-    def recording(loop: Any, rate: float) -> float:
+    def recording(loop: Any, rate: float, batch: Any) -> float:
         for name, parameter in trained_parameters(loop.model).items():
             if parameter.grad is not None:
                 gradients[f"{loop.progress.step}:{name}"] = whole(parameter.grad).detach().clone().contiguous()
-        return update(loop, rate)
+        return update(loop, rate, batch)
 
     def counting(loop: Any, batch: Any, size: int) -> float:
         if not cell.get("count") or loop.progress.step != COUNTED_STEP:
