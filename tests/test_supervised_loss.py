@@ -29,6 +29,7 @@ LOSSES = [CrossEntropy(), LabelSmoothed(smoothing=0.1), Focal(gamma=2.0)]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summed_losses, "CHUNK", 7 * 48)
+    monkeypatch.setattr(summed_losses, "LEAST", 1)
 
 
 def model_of(architecture: str, kind: str = CAUSAL, **changes: Any) -> Any:

@@ -11,8 +11,15 @@ from torch.nn.functional import linear
 
 CHUNK = 2**22
 """Logits that are formed at once; 16 MiB in float32."""
+LEAST = 256
+"""Items that are taken at once, however large the vocabulary is: each time, all of the projection's weight is read."""
 Losses = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Float32 logits (items, vocabulary) and labels (items,) to losses (items,) and their gradients by the logits."""
+
+
+def items_at_once(vocabulary: int) -> int:
+    """Of how many items logits are formed together."""
+    return max(LEAST, CHUNK // vocabulary)
 
 
 class SummedLosses(torch.autograd.Function):
@@ -31,7 +38,7 @@ class SummedLosses(torch.autograd.Function):
         by_weight = torch.zeros_like(weight, dtype=given[1]) if wanted[1] else None
         by_bias = weight.new_zeros(weight.shape[0], dtype=given[1]) if wanted[2] else None
         total = torch.zeros((), device=rows.device).float()
-        size = max(1, CHUNK // weight.shape[0])
+        size = items_at_once(weight.shape[0])
         for start in range(0, len(rows), size):
             own = slice(start, start + size)
             found, gradient = losses(linear(rows[own], weight, bias).float(), labels[own])

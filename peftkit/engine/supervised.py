@@ -110,9 +110,9 @@ def for_chunks(projection: nn.Linear, rows: Tensor, labels: Tensor, use: Callabl
     import torch
     from torch.nn.functional import linear
 
-    from peftkit.engine.summed_losses import CHUNK
+    from peftkit.engine.summed_losses import items_at_once
 
-    size, weight, bias = max(1, CHUNK // projection.out_features), projection.weight, projection.bias
+    size, weight, bias = items_at_once(projection.out_features), projection.weight, projection.bias
     with torch.no_grad():
         parts = zip(rows.split(size), labels.split(size), strict=True)
         return [use(linear(one, weight, bias).float(), own) for one, own in parts]
