@@ -16,7 +16,6 @@ import datetime
 import faulthandler
 import json
 import os
-import resource
 import shlex
 import sys
 import tempfile
@@ -119,12 +118,13 @@ def main() -> int:
     options = parser.parse_args()
     from benchmarks.fuzzing.watch import GROWTH, SECONDS
     from peftkit.environment import describe
+    from peftkit.memory import peak_resident_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         fuzzing = Fuzzing(target(options.target, Path(folder)))
-        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, before = time.monotonic(), peak_resident_bytes()
         fuzzing.go_on(options.minutes * 60, options.seed)
-        minutes, after = (time.monotonic() - start) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        minutes, after = (time.monotonic() - start) / 60, peak_resident_bytes()
     results: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     results[options.target] = {
         "command": shlex.join(["python", "benchmarks/fuzz.py", *sys.argv[1:]]),
@@ -135,7 +135,7 @@ def main() -> int:
         "findings": fuzzing.findings,
         "most_seconds_allowed": SECONDS,
         "most_growth_allowed_gib": GROWTH / 2**30,
-        "growth_of_all_gib": round((after - before) / 2**20, 2),
+        "growth_of_all_gib": round((after - before) / 2**30, 2),
         "environment": describe(),
     }
     RESULT.write_text(json.dumps(results, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")

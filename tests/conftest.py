@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks import tiny_bert as tiny_bert_backbone
+
 if TYPE_CHECKING:
     from contract import Reloader
 
@@ -42,26 +44,17 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of 2 layers and 32 units, with a word-level vocabulary of the toy data."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("tiny_bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    save_bert_tokenizer(folder, vocabulary)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
+    return tiny_bert_backbone.make(
+        tmp_path_factory.mktemp("tiny_bert"),
+        WORDS,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.2,
     )
-    BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +80,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Pat
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def save_bert_tokenizer(folder: Path, vocabulary: list[str]) -> None:
-    from transformers import BertTokenizer
-
-    vocabulary_file = folder / "vocab.txt"
-    vocabulary_file.write_text("\n".join(vocabulary) + "\n")
-    BertTokenizer(str(vocabulary_file)).save_pretrained(folder)
 
 
 def save_word_tokenizer(folder: Path) -> None:

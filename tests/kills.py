@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.reliability.forks import forget_processes, leave_with
+
 
 class Killer:
     """The test's end of the process."""
@@ -93,17 +95,14 @@ def forked(request: dict[str, Any], rank: int, port: int) -> int:
 
 
 def child(request: dict[str, Any], rank: int, port: int) -> NoReturn:
-    code = 70
-    try:
+    def work() -> int:
         output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
         if request["processes"] > 1:
-            from accelerate.state import AcceleratorState
-
-            AcceleratorState._reset_state(reset_partial_state=True)
+            forget_processes()
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
             os.environ |= {"LOCAL_WORLD_SIZE": str(request["processes"]), "ACCELERATE_USE_CPU": "true"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -112,15 +111,9 @@ def child(request: dict[str, Any], rank: int, port: int) -> NoReturn:
             MOMENTS.get(what, at_signal)(what, number)
         from peftkit.cli import main
 
-        code = main(request["arguments"])
-    except BaseException:
-        import traceback
+        return main(request["arguments"])
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave_with(work)
 
 
 def at_step(what: str, number: int) -> None:

@@ -19,10 +19,10 @@ from conftest import (
     POSITIVE,
     WORDS,
     entity_rows,
-    save_bert_tokenizer,
     sentiment_rows,
 )
 
+from benchmarks.tiny_bert import save_bert_tokenizer
 from peftkit.tasks import AnyTask
 
 ROWS = 12

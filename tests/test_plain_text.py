@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_config
-from conftest import WORDS, save_bert_tokenizer, write_jsonl
+from conftest import WORDS, write_jsonl
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,6 +21,7 @@ from transformers import (
     BertForMaskedLM,
 )
 
+from benchmarks.tiny_bert import save_bert_tokenizer
 from peftkit.cli import main
 from peftkit.config import load_run
 from peftkit.data.blocks import blocks, masked

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from conftest import WORDS, save_bert_tokenizer, save_word_tokenizer
+from conftest import WORDS, save_word_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
+from benchmarks.tiny_bert import save_bert_tokenizer
 from peftkit import load_run, train
 from peftkit.artifacts.merge import merge
 from peftkit.artifacts.predict import evaluate_rows, predict_rows

@@ -75,7 +75,7 @@ def tokenizer(tiny_bert: Path) -> Any:
 @pytest.fixture(scope="module")
 def splitting(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer in which words of up to three letters a to f have as many sub-words; a soft hyphen has none."""
-    from conftest import save_bert_tokenizer
+    from benchmarks.tiny_bert import save_bert_tokenizer
 
     folder = tmp_path_factory.mktemp("splitting")
     letters = "abcdef"

@@ -11,10 +11,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import save_bert_tokenizer, write_jsonl
+from conftest import write_jsonl
 from torch import nn
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from benchmarks.tiny_bert import save_bert_tokenizer
 from peftkit.data.collate import IGNORED, collate
 from peftkit.data.files import Rows, read_file
 from peftkit.data.sources import DataSettings, splits_from

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
+
+from peftkit.memory import peak_resident_bytes
 
 SECONDS = 10.0
 """Of processor time, which other work on the machine does not add to."""
@@ -31,7 +31,7 @@ def watched(seconds: float = SECONDS, growth: int = GROWTH) -> Iterator[None]:
     Raises:
         Finding: it took longer, or its peak was higher.
     """
-    before, busy, start = _peak(), time.process_time(), time.monotonic()
+    before, busy, start = peak_resident_bytes(), time.process_time(), time.monotonic()
 
     def look(number: int, frame: FrameType | None) -> None:
         if time.process_time() - busy > seconds or time.monotonic() - start > WAITING * seconds:
@@ -47,7 +47,7 @@ def watched(seconds: float = SECONDS, growth: int = GROWTH) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
     if time.process_time() - busy > seconds:
         raise Finding(f"longer than {seconds:g} s")
-    if (grown := _peak() - before) > growth:
+    if (grown := peak_resident_bytes() - before) > growth:
         raise Finding(f"memory grew by {grown / 2**30:.1f} GiB")
 
 
@@ -69,7 +69,3 @@ def told(arguments: Sequence[str]) -> int:
         raise Finding(f"an error of {len(said):,} characters")
     said.encode()
     return code
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,9 +9,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
+
+import psutil
+
+from peftkit.memory import peak_resident_bytes, resident_bytes
 
 Value = TypeVar("Value")
 MEGABYTE = 10**6
@@ -83,8 +86,8 @@ def _answer(action: Callable[[], dict[str, Any]], writing: int, megabytes: int) 
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
-        before, cpu = _kilobytes("VmRSS"), time.process_time()
-        most = _kilobytes("VmSize") * 1024 + megabytes * MEGABYTE
+        before, cpu = resident_bytes(), time.process_time()
+        most = psutil.Process().memory_info().vms + megabytes * MEGABYTE
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         ended = ""
         found: dict[str, Any] = {}
@@ -94,15 +97,10 @@ def _answer(action: Callable[[], dict[str, Any]], writing: int, megabytes: int) 
             ended = "memory"
         took = {
             "cpu_seconds": round(time.process_time() - cpu, 4),
-            "megabytes": round((_kilobytes("VmHWM") - before) / 1024, 1),
+            "megabytes": round((peak_resident_bytes() - before) / 2**20, 1),
         }
         os.write(writing, json.dumps({"ended": ended} | found | took).encode())
     except BaseException:
         os.write(writing, json.dumps({"ended": traceback.format_exc()[-300:]}).encode())
     finally:
         os._exit(0)
-
-
-def _kilobytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

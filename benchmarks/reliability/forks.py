@@ -146,8 +146,7 @@ def ended(job: list[int]) -> list[int]:
 
 
 def child(column: str, request: dict[str, Any]) -> NoReturn:
-    code = 70
-    try:
+    def work() -> int:
         output = os.open(request["said"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for descriptor, number in ((nothing, 0), (output, 1), (output, 2)):
@@ -160,7 +159,16 @@ def child(column: str, request: dict[str, Any]) -> NoReturn:
             # whoever starts strace need not be an ancestor of this process
             ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(ANY), 0, 0, 0)
             os.kill(os.getpid(), signal.SIGSTOP)
-        code = main_of(column)(request["arguments"])
+        return main_of(column)(request["arguments"])
+
+    leave_with(work)
+
+
+def leave_with(work: Callable[[], int]) -> NoReturn:
+    """Do the work of a forked process, and end it with that exit code; nothing of the one that forked it goes on."""
+    code = 70
+    try:
+        code = work()
     except BaseException:
         import traceback
 

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftkit.disk import file_sha256, manifest_sha256
+from peftkit.methods.peft_files import CONFIG, WEIGHTS
 
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Harm = Callable[[Path], None]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import tiny_bert
 from benchmarks.reliability import stock
 from benchmarks.reliability.forks import Forks
 from peftkit.disk import file_sha256
@@ -145,26 +146,15 @@ class Workbench:
     @cached_property
     def backbone(self) -> Path:
         """A random BERT of 2 layers and 32 units."""
-        import torch
-        from transformers import BertConfig, BertModel, BertTokenizer
-
-        folder = self.folder / "backbone"
-        folder.mkdir()
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD_WORDS, *BAD_WORDS, *FILLERS]
-        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-        BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(words),
+        return tiny_bert.make(
+            self.folder / "backbone",
+            [*GOOD_WORDS, *BAD_WORDS, *FILLERS],
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=64,
-            max_position_embeddings=64,
             initializer_range=0.2,
         )
-        BertModel(config).save_pretrained(folder)
-        return folder
 
     @cached_property
     def data(self) -> dict[str, str]:
