@@ -201,13 +201,8 @@ def _scores(folder: Path) -> str:
     try:
         scores = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["scores"]["after"]
         return f" ({', '.join(f'{name} {value:.4f}' for name, value in scores.items())})"
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # a damaged manifest is no reason to overwrite it
+    # a damaged manifest is no reason to overwrite it
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 

@@ -14,11 +14,10 @@ from peftkit.artifacts.manifest import check_files, read_manifest, read_saved_co
 from peftkit.config import Run
 from peftkit.errors import ArtifactError
 from peftkit.methods.base import Method
-from peftkit.methods.peft_files import WEIGHTS
+from peftkit.methods.peft_files import CONFIG, WEIGHTS
 from peftkit.tensor_files import parse_object, plain_size, read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
-CONFIG = "adapter_config.json"
 MOST_CONFIG = 2**19
 """Bytes of an adapter's configuration."""
 MOST_RANK = 2**16
@@ -95,9 +94,9 @@ def check_artifact(folder: Path, method: Method) -> None:
         if entry.suffix == ".safetensors":
             largest = max([largest, *(side for one in read_header(entry).values() for side in one.shape)])
     if (folder / CONFIG).exists():
-        _check_config(folder / CONFIG, method, largest)
         if not (folder / WEIGHTS).exists():
             raise ArtifactError(f"{folder / WEIGHTS} is missing; restore it, or train again")
+        _check_config(folder / CONFIG, method, largest)
 
 
 def _check_config(file: Path, method: Method, largest: int) -> None:
@@ -108,7 +107,7 @@ def _check_config(file: Path, method: Method, largest: int) -> None:
     for problem in _problems(config, method):
         raise ArtifactError(f"{file}: {problem}")
     ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()] if peft_type(method) == "LORA" else []
-    if largest and ranks and max(ranks) > largest:
+    if ranks and max(ranks) > largest:
         raise ArtifactError(f"{file}: a rank of {max(ranks)}, where no saved tensor has a side longer than {largest}")
 
 

@@ -100,14 +100,14 @@ class FromPeft(Method):
         targets = self._split(backbone)
         train_in_float32(backbone.model, backbone.head_modules)
         base: Any = backbone.model
-        saved_config(folder)
+        config = saved_config(folder)
         notes, tensors = read_saved(folder)
         saved = set(tensors)
         refuse_backbone_weights(saved, base, backbone.head_modules, folder)
         self._refuse_missing(targets, saved, notes, base, folder)
         try:
             with quiet_libraries(), quiet_peft():
-                model = PeftModel.from_pretrained(base, folder)
+                model = PeftModel.from_pretrained(base, folder, config=config)
         except Exception as error:  # peft checks no types: what does not fit raises whatever it happens to
             lines = [line.strip() for line in str(error).splitlines()]
             reason = next((line for line in lines if line.startswith("size mismatch")), first_line(error))
