@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -271,6 +272,18 @@ def test_a_layer_called_alone_or_twice_or_in_another_mode_is_computed_for_itself
         assert found[2].requires_grad
     for one, other in zip(found, [*[expected[0]] * 2, expected[1], expected[0], expected[2], expected[1]], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", [("bert", SEQUENCE), ("llama", CAUSAL)], ids="-".join)
+def test_no_input_outlives_a_forward_pass_without_gradients(cell: tuple[str, str]) -> None:
+    model = adapted(*cell)
+    inputs: list[weakref.ref[Tensor]] = []
+    for layer in layers_of(model):
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0])))
+    with engaged(model, Engine(), CPU), torch.no_grad():
+        logits_of(model, model.model_class)
+        assert len(inputs) >= len(layers_of(model))
+        assert not any(one() is not None for one in inputs)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

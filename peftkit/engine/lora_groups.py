@@ -92,7 +92,7 @@ class _Group:
         given = (inputs, inputs._version, torch.is_grad_enabled())
         if self._outputs:
             if index in self._outputs and self._is_given(given):
-                return self._outputs.pop(index)
+                return self._taken(index)
             return self._computed([layer], inputs, dropout)[0]
         members = [
             number
@@ -102,7 +102,14 @@ class _Group:
         found = self._computed([self.layers[number] for number in members], inputs, dropout)
         self._outputs = dict(zip(members, found, strict=True))
         self._given = given
-        return self._outputs.pop(index)
+        return self._taken(index)
+
+    def _taken(self, index: int) -> Tensor:
+        """The output of a layer; with the last one the input is let go, which would else live until the next batch."""
+        output = self._outputs.pop(index)
+        if not self._outputs:
+            self._given = ()
+        return output
 
     def forget(self, *_: Any) -> None:
         """Drop what nobody asked for, at the end of the parent's forward pass."""

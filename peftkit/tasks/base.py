@@ -148,8 +148,11 @@ class Task(Section, ABC):
         return example
 
     def order(self, encoded: Encoded) -> list[int]:
-        """Examples in the order in which an evaluation cuts them into batches: those of similar length together."""
-        return sorted(range(len(encoded)), key=encoded.lengths.__getitem__)
+        """Examples in the order in which an evaluation cuts them into batches: those of similar length together.
+
+        The longest come first: memory that the first batch took serves the others, and what does not fit shows at once.
+        """
+        return sorted(range(len(encoded)), key=lambda index: -encoded.lengths[index])
 
     def scoring_note(self, encoded: Encoded) -> str:
         """What of a split the scores leave out, in plain words; empty where they are of everything."""

@@ -81,7 +81,7 @@ class LanguageModel(Task, ABC):
         if self.generation is None:
             return super().order(encoded)
         lengths, examples = encoded.lengths, encoded.examples
-        return sorted(range(len(encoded)), key=lambda index: (examples[index].get(PROMPT) is None, lengths[index]))
+        return sorted(range(len(encoded)), key=lambda index: (examples[index].get(PROMPT) is None, -lengths[index]))
 
     def while_training(self) -> Self:
         return self.model_copy(update={"generation": None, "metrics": ()})
