@@ -14,10 +14,11 @@ from architectures import CAUSAL, CONFIGS, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Plac
 from torch import Tensor, nn
 
 from peftkit.backbones.load import wrap
+from peftkit.engine import padding_free, unpadded
 from peftkit.engine.engage import fallbacks
 from peftkit.engine.padding_free import padded, pretrained, without_padding
 from peftkit.engine.settings import Engine
-from peftkit.engine.unpadded import ALIKE, Bucket, Unpadded, bucketed
+from peftkit.engine.unpadded import ALIKE, Bucket, Unpadded, bucketed, evened
 from peftkit.methods import Bottleneck, LoRA, Prefix
 from peftkit.methods.base import trained_parameters
 from peftkit.training.activations import recompute_activations
@@ -84,6 +85,20 @@ class TestRow:
         assert torch.equal(row.batch(row.row(batch)), batch)
         assert torch.equal(row.row(batch)[0, row.firsts], batch[:, 0])
 
+    def test_few_lengths_of_even_rows_and_little_more_of_them(self) -> None:
+        for start in (32, 256, 4096):
+            lengths = [evened(tokens) for tokens in range(start, 2 * start)]
+            assert all(tokens <= one <= tokens * 17 / 16 for tokens, one in enumerate(lengths, start))
+            assert len(set(lengths)) == 17  # with both ends
+        assert [evened(tokens) for tokens in range(1, 32)] == list(range(1, 32))
+
+    def test_there_and_back_in_an_even_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(unpadded, "evened", lambda tokens: tokens + 5)
+        row = Unpadded(MASK, even=True)
+        batch = torch.randn(*MASK.shape, 3) * MASK[..., None]
+        assert row.row(batch).shape == (1, sum(LENGTHS) + 5, 3)
+        assert torch.equal(row.batch(row.row(batch)), batch)
+
     def test_a_bucket_by_hand(self) -> None:
         bucket = Bucket((3, 3, 2), torch.device("cpu"))
         rows = torch.arange(1.0, 9).view(8, 1, 1)
@@ -113,6 +128,23 @@ class TestSame:
     def test_logits_and_gradients_in_double_precision(self, place: Place) -> None:
         # Gemma normalises in float32 whatever its weights are in
         assert_alike(model_of(place).double(), batch_of(), 1e-6 if place.architecture == "gemma" else 1e-10)
+
+    @pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert", "gpt2", "llama", "qwen3"])
+    def test_spare_places_at_the_end_of_a_row_change_nothing(
+        self, architecture: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(unpadded, "evened", lambda tokens: tokens + 5)
+        monkeypatch.setattr(padding_free, "makes_code", lambda base: True)
+        for kind in (SEQUENCE, TOKEN):
+            assert_alike(model_of(Place(architecture, kind)).double(), batch_of(), 1e-10)
+
+    @pytest.mark.parametrize(("dtype", "places"), [(torch.float32, 57), (torch.bfloat16, 58)])
+    def test_rows_are_even_where_products_are_compiled(self, dtype: torch.dtype, places: int) -> None:
+        model, seen = model_of(Place("bert", SEQUENCE)).to(dtype), []
+        model.bert.encoder.layer[0].register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+        with without_padding(model):
+            outputs(model, {name: part[:-1] for name, part in batch_of().items()})
+        assert seen == [places]
 
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "qwen3"])

@@ -1,7 +1,7 @@
 """LoRA on frozen projections of one input, as one autograd function.
 
-What is kept for the backward pass is the input once, a byte of mask an element, and the narrow A x. Weights A and B
-are cast to the dtype of the input inside; their gradients come in their own.
+What is kept for the backward pass is what A was given once, a byte of mask an element, and the narrow A x. Weights A
+and B are cast to the dtype of the input inside; their gradients come in their own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.nn.functional import linear
 from peftkit.engine.dropout import keep_mask, masked
 
 Draw = Callable[[Tensor, float], Tensor]
+CACHED = 2**18
+"""Elements of which a processor's own cache holds several in half precision."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class _Project(torch.autograd.Function):
         # B is narrow: what is multiplied into it costs nothing
         ups = [(up * (scale / (1 - dropout))).to(dtype) for up, scale in zip(ups, scales, strict=True)]
         ranks = [len(one) for one in downs]
-        hidden = linear(inputs if mask is None else masked(inputs, mask), down)
+        given = inputs if mask is None else masked(inputs, mask)
+        hidden = linear(given, down)
         outputs = []
         for weight, bias, up, low, is_transposed in zip(
             weights, biases, ups, hidden.split(ranks, dim=1), transposed, strict=True
@@ -90,14 +93,14 @@ class _Project(torch.autograd.Function):
         ctx.scales = [scale / (1 - dropout) for scale in scales]
         ctx.set_materialize_grads(False)
         frozen = weights if ctx.needs_input_grad[0] else [None] * len(weights)
-        ctx.save_for_backward(inputs, mask, hidden, down, *frozen, *ups)
+        ctx.save_for_backward(given, mask, hidden, down, *frozen, *ups)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         count, needs_input = len(gradients), ctx.needs_input_grad[0]
-        inputs, mask, hidden, down, *others = ctx.saved_tensors
+        given, mask, hidden, down, *others = ctx.saved_tensors
         weights, ups = others[:count], others[count:]
         needs_down, needs_up = ctx.needs_input_grad[-2 * count : -count], ctx.needs_input_grad[-count:]
         total: Tensor | None = None
@@ -116,16 +119,22 @@ class _Project(torch.autograd.Function):
             if needs_input:
                 weight = weight.t() if is_transposed else weight
                 total = gradient @ weight if total is None else total.addmm_(gradient, weight)
-        factors = None if mask is None else mask.to(inputs.dtype)
         gathered = torch.cat(lows, dim=1)
         down_gradients: list[Tensor | None] = [None] * count
         if any(needs_down):
-            found = gathered.t() @ (inputs if factors is None else factors * inputs)
-            down_gradients = list(found.split(ctx.ranks))
+            down_gradients = list((gathered.t() @ given).split(ctx.ranks))
         if total is not None:
-            total = total.addmm_(gathered, down) if factors is None else total.addcmul_(gathered @ down, factors)
+            total = total.addmm_(gathered, down) if mask is None else _add_masked(total, gathered, down, mask)
         trained = zip([*down_gradients, *up_gradients], ctx.dtypes, strict=True)
         return (total, *[None] * (4 + 2 * count), *(_own(one, dtype) for one, dtype in trained))
+
+
+def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tensor:
+    """`total` + mask · (low @ down), in place; so many rows at a time that what is made in between stays in the cache."""
+    step = max(32, CACHED // total.shape[1])
+    for part, narrow, kept in zip(total.split(step), low.split(step), mask.split(step), strict=True):
+        part.addcmul_(narrow @ down, kept.to(total.dtype))
+    return total
 
 
 def _quarters(tensors: Sequence[Any]) -> tuple[list[Any], ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIKE = 0.75
+ALIKE = 0.5
 """An example of at least so much of the length of the longest in a bucket shares it."""
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Queries, keys, values (examples, heads, tokens, width), and a mask, to (examples, tokens, heads, width)."""
@@ -96,9 +96,13 @@ class Bucket:
 
 
 class Unpadded:
-    """How the tokens of a batch that is padded on the right stand in one row."""
+    """How the tokens of a batch that is padded on the right stand in one row.
 
-    def __init__(self, mask: Tensor) -> None:
+    A row of `even` length has some more places at its end, which nothing sees and nobody reads, so that few lengths
+    occur: libraries that compile a product for its very shape then find it made.
+    """
+
+    def __init__(self, mask: Tensor, even: bool = False) -> None:
         """`mask` is (examples, tokens), 1 where a token is real; every example has one."""
         lengths: list[int] = mask.sum(1).tolist()
         self.shape = mask.shape
@@ -108,6 +112,8 @@ class Unpadded:
         every = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
         self.places: Tensor = every[rows][mask[rows].bool()]
         """(tokens,): where each token of the row stands in the flattened batch."""
+        self.spare = evened(len(self.places)) - len(self.places) if even else 0
+        """Places at the end of the row that hold no token of the batch."""
         self.buckets = tuple(Bucket(one, mask.device) for one in bucketed(self.lengths))
         firsts = torch.tensor([0, *self.lengths[:-1]], device=mask.device).cumsum(0)
         self.firsts = torch.empty_like(firsts).index_copy_(0, rows, firsts)
@@ -120,13 +126,14 @@ class Unpadded:
         self.read = read.flatten()[self.places].nonzero().squeeze(1)
 
     def row(self, batch: Tensor) -> Tensor:
-        """(examples, tokens, …) as (1, real tokens, …)."""
-        return batch.flatten(0, 1).index_select(0, self.places)[None]
+        """(examples, tokens, …) as (1, places of the row, …)."""
+        places = torch.cat([self.places, self.places.new_zeros(self.spare)]) if self.spare else self.places
+        return batch.flatten(0, 1).index_select(0, places)[None]
 
     def batch(self, row: Tensor) -> Tensor:
-        """(1, real tokens, …) or what is read of them as (examples, tokens, …), with 0 in all other places."""
-        (rows,) = row
+        """(1, places of the row, …) or what is read of them as (examples, tokens, …), with 0 in all other places."""
         places = self.places if self.read is None else self.places[self.read]
+        rows = row[0, : len(places)]
         flat = rows.new_zeros(self.shape[0] * self.shape[1], *rows.shape[1:])
         return flat.index_copy(0, places, rows).unflatten(0, self.shape)
 
@@ -138,20 +145,28 @@ class Unpadded:
     def attended(
         self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, causal: bool, additive: bool
     ) -> Tensor:
-        """What `attend` makes of each example by itself: (1, real tokens, heads, width).
+        """What `attend` makes of each example by itself: (1, places of the row, heads, width), 0 in spare ones.
 
         Args:
-            query: (1, heads, real tokens, width), and so `key` and `value`.
+            query: (1, heads, places of the row, width), and so `key` and `value`.
             additive: the function takes masks that are added to scores, and hides no future by itself.
         """
-        sizes = [bucket.tokens for bucket in self.buckets]
+        sizes = [*(bucket.tokens for bucket in self.buckets), self.spare]
         queries, keys, values = (one[0].transpose(0, 1).split(sizes) for one in (query, key, value))
         found = []
-        for bucket, *own in zip(self.buckets, queries, keys, values, strict=True):
+        for bucket, *own in zip(self.buckets, queries, keys, values, strict=False):
             mask = bucket.mask(causal, additive, query.dtype)
             q, k, v = map(bucket.padded, own)
             found.append(bucket.rows(attend(q, k, v, mask)))
+        if self.spare:
+            found.append(found[0].new_zeros(self.spare, *found[0].shape[1:]))
         return torch.cat(found)[None]
+
+
+def evened(tokens: int) -> int:
+    """The next length of which there are 16 to each doubling: at most a sixteenth more."""
+    step = max(1, 2 ** (tokens.bit_length() - 5))
+    return -(-tokens // step) * step
 
 
 def bucketed(lengths: Sequence[int]) -> list[tuple[int, ...]]:
