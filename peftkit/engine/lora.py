@@ -130,7 +130,7 @@ class _Project(torch.autograd.Function):
 
 
 def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tensor:
-    """`total` + mask · (low @ down), in place; so many rows at a time that what is made in between stays in the cache."""
+    """`total` + mask · (low @ down), in place, by so many rows that what is made in between stays in the cache."""
     step = max(32, CACHED // total.shape[1])
     for part, narrow, kept in zip(total.split(step), low.split(step), mask.split(step), strict=True):
         part.addcmul_(narrow @ down, kept.to(total.dtype))
