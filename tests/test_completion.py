@@ -360,7 +360,7 @@ class TestRun:
     def test_a_merge_is_compared_on_as_much_as_memory_is_set_aside_for(
         self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("peftkit.artifacts.merge.MOST_LOGITS", 1)
+        monkeypatch.setattr("peftkit.artifacts.probe.MOST_LOGITS", 1)
         assert main(["merge", str(finished / "run"), str(tmp_path / "merged")]) == 0
         said = capsys.readouterr().out
         assert "8 of 8 predictions equal" in said

@@ -80,14 +80,21 @@ def load_run(folder: str | Path) -> SavedRun:
     return SavedRun(folder, run, manifest, backbone, model, head)
 
 
-def in_full_precision(saved: SavedRun) -> nn.Module:
-    """The run's model in float32, where its weights can be merged: where the backbone is quantised, on plain layers
-    with the values that training saw, because a merge into quantised ones would round them anew."""
+def in_full_precision(saved: SavedRun, precision: str = "float32", original: bool = False) -> nn.Module:
+    """The run's model in float32 or float64, where its weights can be merged: where the backbone is quantised, on plain
+    layers with the values that training saw, because a merge into quantised ones would round them anew.
+
+    Args:
+        original: where the backbone is quantised, on the checkpoint's own weights instead.
+    """
+    import torch
+
+    wanted: torch.dtype = getattr(torch, precision)
     if saved.run.backbone.quantization is None:
-        return saved.model.float()
-    backbone = load(_found_again(saved.run.backbone, saved.manifest), saved.head)
-    dequantize(backbone.model).float()
-    return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).eval()
+        return saved.model.to(wanted)
+    backbone = load(original_settings(saved.run.backbone, saved.manifest, original), saved.head)
+    dequantize(backbone.model).to(wanted)
+    return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).to(wanted).eval()
 
 
 def tolerance(settings: BackboneSettings) -> float:
@@ -95,6 +102,12 @@ def tolerance(settings: BackboneSettings) -> float:
     what a quantised backbone was multiplied in."""
     computed = settings.quantization.compute_dtype if settings.quantization else "float32"
     return max(TOLERANCE[settings.dtype], TOLERANCE[computed])
+
+
+def original_settings(settings: BackboneSettings, manifest: dict[str, Any], original: bool) -> BackboneSettings:
+    """The backbone where it lies now; if `original`, as it was before it was quantised."""
+    found = _found_again(settings, manifest)
+    return found.model_copy(update={"quantization": None, "dtype": "float32"}) if original else found
 
 
 def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:

@@ -129,7 +129,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
         add_to_model(model, tokenizer, head.new_tokens)
     if settings.quantization is not None:
         quantize(model, layout, settings.quantization)
-    _pad_token(model, tokenizer)
+    tell_padding(model, tokenizer)
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
     setattr(model, BEFORE, before)
@@ -174,6 +174,13 @@ def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> Pr
             raise BackboneError(f"the tokenizer in {folder} has neither a padding nor an end token; give it one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer without the length at which it last cut or filled up texts, which other tools would heed."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def longest_input(settings: BackboneSettings, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -271,7 +278,7 @@ def meta_model(config: PretrainedConfig, head: Head | None, dtype: str = "float3
     return model
 
 
-def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def tell_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Decoders look for the last token that is not padding: they must be told what batches are filled up with."""
     model.config.pad_token_id = tokenizer.pad_token_id
 
