@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16
 """safetensors' names of torch's types."""
 ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 """In which safetensors sorts them; the last come first."""
-CHUNK = 2**24
+PIECE = 2**24
+"""Numbers of a tensor that are held at once where it is only passed on."""
 
 
 class Checkpoint:
@@ -56,47 +57,57 @@ class Checkpoint:
         Raises:
             ArtifactError: of a type that models are not held in, or cut short.
         """
+        entry = self.entries[name]
+        return self._read(name, 0, math.prod(entry.shape)).view(entry.shape)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The numbers of a tensor, piece by piece. Raises as `read` does."""
+        total = math.prod(self.entries[name].shape)
+        for start in range(0, max(total, 1), PIECE):
+            yield self._read(name, start, min(PIECE, total - start))
+
+    def _read(self, name: str, start: int, count: int) -> Tensor:
         import torch
 
         entry, (file, offset) = self.entries[name], self._places[name]
         known = {theirs: getattr(torch, ours) for ours, theirs in NAMES.items()}
         if entry.dtype not in known:
-            raise ArtifactError(
-                f"{file}: '{name}' is held in {entry.dtype}, which is no type of a merged model's weights"
-            )
-        tensor = torch.empty(entry.shape, dtype=known[entry.dtype])
-        view = bytes_of(tensor)
+            raise ArtifactError(f"{file}: '{name}' is held in {entry.dtype}, which is no type of a model's weights")
+        tensor = torch.empty(count, dtype=known[entry.dtype])
+        view, done = bytes_of(tensor), 0
         with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            done = 0
+            stream.seek(offset + start * BYTES[entry.dtype])
             while done < len(view):
-                count = stream.readinto(view[done : done + CHUNK])
-                if not count:
+                read = stream.readinto(view[done:])
+                if not read:
                     raise ArtifactError(f"{file} is cut short inside '{name}'; restore it")
-                done += count
+                done += read
         return tensor
 
 
-def write_file(file: Path, tensors: Mapping[str, tuple[dtype, Sequence[int]]], make: Callable[[str], Tensor]) -> None:
+def write_file(
+    file: Path, tensors: Mapping[str, tuple[dtype, Sequence[int]]], make: Callable[[str], Iterable[Tensor]]
+) -> None:
     """Write a file as safetensors does, byte for byte, one tensor after the other.
 
     Args:
         tensors: types and shapes by name.
-        make: gives a tensor, when its turn has come.
+        make: gives the pieces of a tensor, when its turn has come.
 
     Raises:
-        ArtifactError: `make` gave another type or shape.
+        ArtifactError: `make` gave another type, or more or fewer numbers.
     """
     order, header = _header(tensors)
     with file.open("wb") as stream:
         stream.write(header)
         for name in order:
-            tensor = make(name)
-            if (tensor.dtype, tuple(tensor.shape)) != (tensors[name][0], tuple(tensors[name][1])):
-                raise ArtifactError(
-                    f"'{name}' became {tensor.dtype} {tuple(tensor.shape)} in the merge; nothing was written"
-                )
-            stream.write(bytes_of(tensor.detach().contiguous()))
+            kind, shape = tensors[name]
+            count = 0
+            for piece in make(name):
+                count += piece.numel() if piece.dtype == kind else 0
+                stream.write(bytes_of(piece.detach().contiguous()))
+            if count != math.prod(shape):
+                raise ArtifactError(f"'{name}' is no {kind} of {tuple(shape)} any more; merge without --streaming")
 
 
 def _header(tensors: Mapping[str, tuple[dtype, Sequence[int]]]) -> tuple[list[str], bytes]:

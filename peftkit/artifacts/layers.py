@@ -60,9 +60,17 @@ class Layers:
             value = self._last[1][attribute]
         else:
             value = self._plain(name, getattr(layer, attribute))
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ArtifactError(f"'{name}' holds NaN or infinity after the merge; restore the run, or train again")
-        return value
+        return _checked(name, value)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The same in pieces, of which those that the backbone only passes on are small. Raises as `tensor` does."""
+        module_name = name.rpartition(".")[0]
+        own = name in self.source.brought or name in self._new or module_name in self.source.packed
+        if own or name not in self.source.sources or hasattr(self._find(module_name), "base_layer"):
+            yield self.tensor(name)
+            return
+        for piece in self.source.checkpoint.parts(self.source.sources[name]):
+            yield _checked(name, piece.to(self.held).to(self.wanted) if piece.is_floating_point() else piece)
 
     @contextmanager
     def filled(self, name: str, layer: Any) -> Iterator[nn.Module]:
@@ -144,6 +152,12 @@ class Layers:
             if isinstance(found, ModulesToSaveWrapper):
                 found = found.modules_to_save[ADAPTER]
         return found
+
+
+def _checked(name: str, values: Tensor) -> Tensor:
+    if values.is_floating_point() and not values.isfinite().all():
+        raise ArtifactError(f"'{name}' holds NaN or infinity after the merge; restore the run, or train again")
+    return values
 
 
 def _is_peft(model: Any) -> bool:

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.artifacts.checkpoints import Checkpoint
+from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
-from peftkit.artifacts.loading import TOLERANCE, SavedRun, original_settings
+from peftkit.artifacts.loading import SavedRun, original_settings
 from peftkit.artifacts.manifest import read_manifest, read_saved_config
 from peftkit.artifacts.merge import check_target, compared, write_report
 from peftkit.artifacts.proof import Expected, MergeReport, refuse_far, refuse_other
 from peftkit.artifacts.settings import BYTES, MergeSettings
-from peftkit.artifacts.streaming import Stream, finish, opened, write
+from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
 from peftkit.backbones.load import resolve, weight_files
 from peftkit.data.files import Rows
 from peftkit.errors import ArtifactError, PeftkitError
@@ -25,6 +25,8 @@ from peftkit.memory import available_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+"""Largest accepted |difference| / max(1, largest output) of one layer, by the dtype that its weights are saved in."""
 ROWS = 4
 """Random inputs that each layer is compared on."""
 
@@ -60,16 +62,16 @@ def merge_streamed(
     """
     check_target(folder, target)
     stream = opened(folder, settings)
-    working = write(stream, target, settings)
     try:
+        working = write(stream, target, settings)
         with fresh_process() as reader:
             report = _proven(stream, working, settings, reader)
             if probe is not None and saved is not None:
                 report = replace(compared(saved, working, probe, settings, reader), layers=report.layers, **_of(report))
     except PeftkitError:
-        shutil.rmtree(working)
+        shutil.rmtree(working_folder(target), ignore_errors=True)
         raise
-    write_report(working, report, stream.manifest, leave_out="progress.json")
+    write_report(working, report, stream.manifest, leave_out=PROGRESS)
     finish(working, target)
     return report
 
@@ -80,9 +82,7 @@ def _of(report: MergeReport) -> dict[str, Any]:
 
 def _proven(stream: Stream, working: Path, settings: MergeSettings, reader: Rereader) -> MergeReport:
     found, _ = reader.describe(working, stream.head.model_class, stream.dtype, weights=False)
-    refuse_other(
-        _expected(stream), {**found, "files": [one for one in found["files"] if one != "progress.json"]}, False
-    )
+    refuse_other(_expected(stream), {**found, "files": [one for one in found["files"] if one != PROGRESS]}, False)
     layers, difference = check_layers(stream, working)
     told = {"dtype": stream.dtype, "method": stream.run.method.kind, "streamed": True, "compared": "layers"}
     quantization = stream.run.backbone.quantization
@@ -176,11 +176,13 @@ def _inputs(base: nn.Module, kind: Any) -> Tensor:
 def _refuse_changed(stream: Stream, files: Checkpoint, own: str, name: str) -> None:
     import torch
 
-    wanted, found = stream.layers.tensor(own), files.read(name)
-    cast = wanted.to(found.dtype)
-    if found.dtype != (getattr(torch, stream.dtype) if wanted.is_floating_point() else wanted.dtype) or not torch.equal(
-        cast.view(-1).view(torch.uint8), found.view(-1).view(torch.uint8)
-    ):
-        raise ArtifactError(
-            f"the merged model is not the one that was evaluated: '{name}' differs; nothing was written"
-        )
+    cast = getattr(torch, stream.dtype)
+    pieces = stream.layers.parts(own)
+    expected = (piece.to(cast) if piece.is_floating_point() else piece for piece in pieces)
+    # a tensor of the run comes in one piece
+    numbers = (part for one in expected for part in one.reshape(-1).split(PIECE))
+    for wanted, found in zip(numbers, files.parts(name), strict=True):
+        if wanted.dtype != found.dtype or bytes_of(wanted.contiguous()) != bytes_of(found):
+            raise ArtifactError(
+                f"the merged model is not the one that was evaluated: '{name}' differs; nothing was written"
+            )

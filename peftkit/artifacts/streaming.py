@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def write(stream: Stream, target: Path, settings: MergeSettings) -> Path:
     import torch
 
     shapes, files, index = _plan(stream, settings)
-    working = target.with_name(f".{target.name}.streaming")
+    working = working_folder(target)
     key = _key(stream, settings)
     done = _done(working, key)
     sizes = (math.prod(shape) * BYTES[NAMES[str(kind).removeprefix("torch.")]] for kind, shape in shapes.values())
@@ -93,9 +94,9 @@ def write(stream: Stream, target: Path, settings: MergeSettings) -> Path:
     working.mkdir(parents=True, exist_ok=True)
     cast = getattr(torch, stream.dtype)
 
-    def made(name: str) -> Tensor:
-        value = stream.layers.tensor(stream.source.saved[name])
-        return value.to(cast) if value.is_floating_point() else value
+    def made(name: str) -> Iterator[Tensor]:
+        for piece in stream.layers.parts(stream.source.saved[name]):
+            yield piece.to(cast) if piece.is_floating_point() else piece
 
     with torch.no_grad():
         for file, names in files.items():
@@ -112,6 +113,11 @@ def write(stream: Stream, target: Path, settings: MergeSettings) -> Path:
     _write_rest(stream, working)
     follow_umask(working)
     return working
+
+
+def working_folder(target: Path) -> Path:
+    """Where what is finished of a merge lies until all of it is."""
+    return target.with_name(f".{target.name}.streaming")
 
 
 def finish(working: Path, target: Path) -> None:
