@@ -4,8 +4,8 @@
 
 A checkpoint of Llama 3.2 3B's shapes with random weights in bfloat16 (tied embeddings, files of 1 GB), and a LoRA of
 rank 16 on every linear layer of its blocks with random numbers for what would have been trained. The merge and its
-proof run in a process of their own, whose peak is the system's figure (`ru_maxrss`, the process that reads back included).
-Checkpoint, run and merged model are removed afterwards.
+proof run in a process of their own, whose peak is the system's figure (`ru_maxrss`, the process that reads back
+included). Checkpoint, run and merged model are removed afterwards.
 """
 
 import argparse

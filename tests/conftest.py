@@ -52,8 +52,9 @@ def one_rereader() -> Iterator[None]:
             """Stay for the next."""
 
         def kill(self) -> None:
-            self.kept.clear()
-            super().kill()
+            if self.waiting:
+                self.kept.clear()
+                super().kill()
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(fresh_process, "Rereader", Lasting)

@@ -43,6 +43,9 @@ class Probe:
 class Rereader:
     """A process without peft, to which folders are given one by one."""
 
+    waiting = False
+    """A folder was given to it, and it has not answered."""
+
     def __init__(self) -> None:
         place = str(Path(peftkit.__file__).parents[1])
         paths = [place, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -93,6 +96,7 @@ class Rereader:
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
+        self.waiting = True
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
@@ -103,6 +107,7 @@ class Rereader:
                 f"the process that reads the merged model back ended by itself (code {self._process.wait()}), as it "
                 "does where memory ran out; nothing was written"
             )
+        self.waiting = False
         found: dict[str, Any] = json.loads(line)
         return found
 
