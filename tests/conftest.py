@@ -37,29 +37,29 @@ def one_rereader() -> Iterator[None]:
     """Let one process read back all that this session merges: starting it takes longer than a tiny merge."""
     from peftkit.artifacts import fresh_process
 
-    class Lasting(fresh_process.Rereader):
-        kept: list[Lasting] = []
+    kept: list[fresh_process.Rereader] = []
 
-        def __new__(cls) -> Lasting:
-            return cls.kept[0] if cls.kept else super().__new__(cls)
+    class Lasting(fresh_process.Rereader):
+        def __new__(cls) -> Any:
+            return kept[0] if kept else super().__new__(cls)
 
         def __init__(self) -> None:
-            if not self.kept:
+            if not kept:
                 super().__init__()
-                self.kept.append(self)
+                kept.append(self)
 
         def close(self) -> None:
             """Stay for the next."""
 
         def kill(self) -> None:
             if self.waiting:
-                self.kept.clear()
+                kept.clear()
                 super().kill()
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(fresh_process, "Rereader", Lasting)
         yield
-    for left in Lasting.kept:
+    for left in kept:
         fresh_process.Rereader.close(left)
 
 

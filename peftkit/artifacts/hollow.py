@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.checkpoints import Checkpoint
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import (
+    CONFIG,
     Backbone,
     BackboneSettings,
     Head,
@@ -32,6 +33,8 @@ from peftkit.methods.base import inside
 
 if TYPE_CHECKING:
     from torch import dtype, nn
+
+GENERATION = "generation_config.json"
 
 
 @dataclass
@@ -86,10 +89,13 @@ def hollow(settings: BackboneSettings, head: Head, real: Iterable[str] = ()) -> 
     tell_padding(model, tokenizer)
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
-    if (folder / "generation_config.json").is_file() and model.can_generate():
+    if model.can_generate():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        # as transformers finds it where it loads weights
+        own = (folder / GENERATION).is_file()
+        where: dict[str, Any] = {} if own else {"config_file_name": CONFIG, "_from_model_config": True}
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True, **where)
     backbone = Backbone(model, tokenizer, layout, heads, settings.name)
     state = model.state_dict()
     shapes = {name: (state[own].dtype, tuple(state[own].shape)) for name, own in saved.items()}

@@ -100,6 +100,8 @@ def shown(report: MergeReport, target: Path) -> str:
             f"streamed: {report.layers:,} adapted layers compute the same after re-reading (largest difference "
             f"{report.layer_difference:.2g} relative, {report.tolerance:g} allowed), and all other weights are equal"
         )
+    if report.layers and not report.rows:
+        lines.append("the whole model was not run: it does not fit into memory beside itself")
     if report.rows:
         limit = f"{report.tolerance:g} allowed" if settings["onto"] == "trained" else "measured, and not limited"
         lines.append(

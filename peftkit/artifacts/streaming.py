@@ -19,7 +19,8 @@ from peftkit.artifacts.layers import Layers
 from peftkit.artifacts.loading import merge_backbone, original_settings
 from peftkit.artifacts.settings import BESIDE, MergeSettings
 from peftkit.artifacts.vetting import vetted
-from peftkit.backbones.load import BackboneSettings, Head, save_tokenizer, weight_files, weights_sha256
+from peftkit.backbones.load import BackboneSettings, Head, save_tokenizer
+from peftkit.backbones.weight_files import INDEX, weight_files, weights_sha256
 from peftkit.config import Run
 from peftkit.disk import file_sha256, follow_umask, manifest_sha256, require_space, sync, write_text
 from peftkit.environment import versions
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 PROGRESS = "progress.json"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass

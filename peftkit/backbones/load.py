@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +20,7 @@ from peftkit.backbones.quantization import AnyQuantization
 from peftkit.backbones.quantize import mend, quantize
 from peftkit.backbones.runs import resolved
 from peftkit.backbones.task_model import load_model, trained_heads
-from peftkit.disk import file_sha256
+from peftkit.backbones.weight_files import weight_files, weights_sha256
 from peftkit.errors import BackboneError, UsageError, first_line
 from peftkit.memory import reset_peak, resident_bytes
 from peftkit.schema import Section
@@ -236,28 +235,6 @@ def chosen_config(settings: BackboneSettings, folder: Path) -> PretrainedConfig:
     if settings.dropout is not None:
         set_dropout(config, settings.dropout)
     return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order; never pickled weights."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    hint = (
-        f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors first"
-        if pickled
-        else "; it needs model.safetensors (or its shards)"
-    )
-    raise BackboneError(f"no weights in {folder}{hint}")
-
-
-def weights_sha256(files: Iterable[Path]) -> str:
-    """One hash over the names and contents of weight files."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}:{file_sha256(file)}\n".encode())
-    return total.hexdigest()
 
 
 def meta_model(config: PretrainedConfig, head: Head | None, dtype: str = "float32") -> nn.Module:
