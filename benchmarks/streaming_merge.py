@@ -67,7 +67,12 @@ def main() -> None:
         return
     figures = measured(scratch)
     shutil.rmtree(scratch)
-    document = {"command": " ".join(sys.argv), "environment": describe(), "shape": SHAPE, "figures": figures}
+    document = {
+        "command": " ".join(["python -m benchmarks.streaming_merge", *sys.argv[1:]]),
+        "environment": describe(),
+        "shape": SHAPE,
+        "figures": figures,
+    }
     options.out.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from merging import llama, made, rows
+from merging import METHODS, llama, made, rows
 from safetensors.torch import load_file, save_file
 
 from peftkit.artifacts.fresh_process import Rereader
 from peftkit.artifacts.merge import merge, write_merged
 from peftkit.artifacts.settings import MergeSettings
 from peftkit.artifacts.store import load_run
+from peftkit.artifacts.streamed import merge_streamed
 from peftkit.cli import main
 from peftkit.disk import file_sha256, manifest_sha256
-from peftkit.errors import ArtifactError, UsageError
+from peftkit.errors import ArtifactError, NotMergeable, UsageError
 
 Fault = Callable[[Path], None]
 IN_WEIGHTS = ("bias forgotten", "transposed delta", "tied weight not copied", "missing head", "one bit")
@@ -258,6 +259,21 @@ def test_rows_without_labels_are_compared_and_not_scored(runs: dict[str, Path], 
     assert (report.rows, report.score) == (2, None)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"]], ids=["input", "output"])
+def test_what_was_tied_and_adapted_on_one_side_is_tied_no_more(
+    targets: list[str], backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ΔW is of the input alone, or of the output alone, and one matrix cannot be both."""
+    monkeypatch.setitem(METHODS, "one side", METHODS["lora"] | {"targets": targets})
+    run = made(backbones["tied"], "text", "one side", tmp_path / "run")
+    report = merge(load_run(run), tmp_path / "out", rows("text"))
+    assert report.relative <= 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    with pytest.raises(NotMergeable, match="share"):
+        merge_streamed(run, tmp_path / "streamed", MergeSettings())
+
+
 # --- quantised backbones -------------------------------------------------------------------------------------------
 
 
@@ -362,3 +378,12 @@ def test_a_size_that_is_none_is_refused(
     size: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert f"'{size}' is no size" in refused(capsys, copied, tmp_path / "out", f"--shard-size={size}")
+
+
+def test_a_process_that_dies_is_told(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftkit.artifacts.fresh_process.MODULE", "no_such_module")
+    reader = Rereader()
+    with pytest.raises(ArtifactError, match=r"ended by itself \(code 1: .*No module named no_such_module"):
+        merge(load_run(runs["classes"]), tmp_path / "out", rows("classes"), reader=reader)
+    reader.kill()
+    assert list(tmp_path.iterdir()) == []

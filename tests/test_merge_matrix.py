@@ -27,7 +27,7 @@ PLACES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "quantised, with a head": ("untied", "classes", NF4),
     "bfloat16, with a head": ("tied", "classes", {"dtype": "bfloat16"}),
 }
-NOT_QUANTISED = ("full", "top_layers", "pissa")
+NOT_QUANTISED = ("full", "top_layers", "pissa", "lora_bias")
 NOT_HALF = ("full", "top_layers", "bitfit", "layernorm")
 CELLS = [
     (method, place, DTYPES[(i + j) % 3])
@@ -64,7 +64,8 @@ def test_what_is_read_back_computes_what_was_evaluated(
     assert report.largest_difference <= band * max(1.0, report.largest_logit)
     assert report.arithmetic <= 1e-5
     assert report.rows == report.examples == 12
-    assert report.equal_predictions >= (12 if band == 1e-5 else 10)
+    assert report.equal_predictions == 12 or band > 1e-5
+    assert report.argmax_agreement is not None and report.argmax_agreement >= 0.9
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         kinds = {file.get_slice(tensor).get_dtype() for tensor in file.keys()}  # noqa: SIM118
     assert kinds == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}

@@ -51,11 +51,12 @@ class Rereader:
         paths = [place, *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         pipe = subprocess.PIPE
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # it lasts as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", MODULE],
             stdin=pipe,
             stdout=pipe,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             encoding="utf-8",
             env=os.environ | settings,
@@ -81,6 +82,11 @@ class Rereader:
                 raise ArtifactError(f"the merged model cannot be read back: {found['error']}; nothing was written")
             return found, _logits(found["shapes"], Path(scratch)) if probe else []
 
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "without a word, as where memory ran out"
+
     def close(self) -> None:
         """End the process."""
         try:
@@ -88,11 +94,13 @@ class Rereader:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
+        self._errors.close()
 
     def kill(self) -> None:
         """End the process at once, whatever it is at."""
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
@@ -103,9 +111,10 @@ class Rereader:
         except BrokenPipeError:
             line = ""
         if not line:
+            code = self._process.wait()
             raise ArtifactError(
-                f"the process that reads the merged model back ended by itself (code {self._process.wait()}), as it "
-                "does where memory ran out; nothing was written"
+                f"the process that reads the merged model back ended by itself (code {code}: {self._last_words()}); "
+                "nothing was written"
             )
         self.waiting = False
         found: dict[str, Any] = json.loads(line)

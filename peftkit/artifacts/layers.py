@@ -166,6 +166,13 @@ def _is_peft(model: Any) -> bool:
 
 def _refuse_unknown(model: nn.Module) -> None:
     from peftkit.backbones.fused import SplitProjection
+    from peftkit.methods.from_peft import tied_and_adapted
+
+    if tied_and_adapted(model):
+        raise NotMergeable(
+            "--streaming: the word embeddings share a matrix with the output, and one of them alone is adapted, which "
+            "makes two matrices of it in memory alone; merge without it"
+        )
 
     if any(isinstance(part, SplitProjection) for part in model.modules()):
         raise NotMergeable(

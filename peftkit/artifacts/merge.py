@@ -23,6 +23,7 @@ from peftkit.artifacts.proof import (
 from peftkit.artifacts.settings import BESIDE, BYTES, MergeSettings
 from peftkit.backbones.load import save_tokenizer
 from peftkit.backbones.quantize import quantize
+from peftkit.config import Run
 from peftkit.data.files import Rows
 from peftkit.disk import file_sha256, require_space, require_writable, whole_folder, write_text
 from peftkit.environment import versions
@@ -113,7 +114,7 @@ def _read_back(
         model_class=saved.head.model_class,
         pooling=getattr(saved.run.task, "pooling", "none"),
         score=scores(before, found["score"]),
-        settings=_told(saved, settings, probe),
+        settings=told(saved.run, settings) | {"probe": probe.source},
     )
     if settings.onto == "trained":
         refuse_far(report.relative, report.largest_difference, report.tolerance)
@@ -235,11 +236,11 @@ def _refuse_far_from(reference: Answers, after: list[Any], saved: SavedRun, sett
     refuse_far(far, far, limit, "what was read back")
 
 
-def _told(saved: SavedRun, settings: MergeSettings, probe: Rows) -> dict[str, Any]:
-    quantization = saved.run.backbone.quantization
+def told(run: Run, settings: MergeSettings) -> dict[str, Any]:
+    """What was asked for, and of what."""
+    quantization = run.backbone.quantization
     return asdict(settings) | {
-        "dtype": settings.dtype_for(saved.run.backbone),
-        "method": saved.run.method.kind,
+        "dtype": settings.dtype_for(run.backbone),
+        "method": run.method.kind,
         "quantization": quantization and str(quantization),
-        "probe": probe.source,
     }

@@ -98,15 +98,18 @@ def shown(report: MergeReport, target: Path) -> str:
     if report.layers:
         lines.append(
             f"streamed: {report.layers:,} adapted layers compute the same after re-reading (largest difference "
-            f"{report.layer_difference:.2g} relative, {report.tolerance:g} allowed), and all other weights are equal"
+            f"{report.layer_difference:.2g} relative, {settings['layer_tolerance']:g} allowed), and all other weights "
+            "are equal"
         )
     if report.layers and not report.rows:
         lines.append("the whole model was not run: it does not fit into memory beside itself")
     if report.rows:
+        agreement = report.argmax_agreement
+        agreed = "" if agreement is None else f", argmax alike in {100 * agreement:.4g} %"
         limit = f"{report.tolerance:g} allowed" if settings["onto"] == "trained" else "measured, and not limited"
         lines.append(
             f"{report.equal_predictions:,} of {report.rows:,} predictions equal after re-reading; largest logit "
-            f"difference {report.largest_difference:.2g} ({report.relative:.2g} relative, {limit}), divergence "
+            f"difference {report.largest_difference:.2g} ({report.relative:.2g} relative, {limit}){agreed}, divergence "
             f"{report.mean_divergence:.2g} on average and {report.largest_divergence:.2g} at most"
         )
     if report.score:

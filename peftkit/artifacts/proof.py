@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.loading import SavedRun
 from peftkit.artifacts.probe import Answers, digests
 from peftkit.artifacts.reread import is_tied
+from peftkit.backbones.load import Head
 from peftkit.errors import ArtifactError
 from peftkit.tasks.base import Task
 from peftkit.tasks.outputs import divergences
@@ -48,6 +49,9 @@ class Figures:
     rows: int
     """Compared: the first ones, as many as keep the logits that are held at once in bounds."""
     equal_predictions: int
+    """Of these; a row of a language model only if each of its tokens is."""
+    argmax_agreement: float | None
+    """Share of items (texts, tokens, marks) for which both choose the same; None of numbers."""
     largest_difference: float
     """Largest |Δlogit|."""
     largest_logit: float
@@ -102,12 +106,17 @@ def expected_of(model: Any, saved: SavedRun, dtype: str, packed: bool = False) -
         vocabulary=dict(tokenizer.get_vocab()),
         special={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         chat_template=saved.head.chat_template or tokenizer.chat_template,
-        labels=saved.head.labels,
+        labels=labels_of(saved.head),
         dtype=dtype,
         model_class=type(model).__name__,
         tied=is_tied(model),
         tensors={} if packed else digests(model, getattr(torch, dtype)),
     )
+
+
+def labels_of(head: Head) -> tuple[str, ...]:
+    """The labels that the configuration has to name; none where the outputs are other things, as in extracting."""
+    return head.labels if head.outputs in (None, len(head.labels)) else ()
 
 
 def refuse_other(expected: Expected, found: Mapping[str, Any], weights: bool = True) -> None:
@@ -199,12 +208,20 @@ def figures(task: Task, before: list[Tensor], after: list[Tensor]) -> dict[str, 
     apart = [float(value) for one, two in pairs for value in divergences(task.outputs, one, two).flatten()]
     return {
         "rows": len(pairs),
+        "argmax_agreement": _agreement(task, pairs),
         "equal_predictions": sum(task.answers_alike(one, two) for one, two in pairs),
         "largest_difference": math.nan if any(map(math.isnan, differences)) else max(differences),
         "largest_logit": max(float(one.abs().max()) for one, _ in pairs),
         "mean_divergence": math.fsum(apart) / len(apart),
         "largest_divergence": max(apart),
     }
+
+
+def _agreement(task: Task, pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+    if task.outputs == "number":
+        return None
+    chosen = [(one > 0, two > 0) if task.outputs == "marks" else (one.argmax(-1), two.argmax(-1)) for one, two in pairs]
+    return sum(int((one == two).sum()) for one, two in chosen) / sum(one.numel() for one, _ in chosen)
 
 
 def refuse_far(relative: float, difference: float, allowed: float, what: str = "the merged model") -> None:

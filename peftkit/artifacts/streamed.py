@@ -13,8 +13,8 @@ from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
 from peftkit.artifacts.loading import SavedRun, original_settings
 from peftkit.artifacts.manifest import read_manifest, read_saved_config
-from peftkit.artifacts.merge import check_target, compared, write_report
-from peftkit.artifacts.proof import Expected, MergeReport, refuse_far, refuse_other
+from peftkit.artifacts.merge import check_target, compared, told, write_report
+from peftkit.artifacts.proof import Expected, MergeReport, labels_of, refuse_far, refuse_other
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
 from peftkit.backbones.load import resolve, weight_files
@@ -67,7 +67,8 @@ def merge_streamed(
         with fresh_process() as reader:
             report = _proven(stream, working, settings, reader)
             if probe is not None and saved is not None:
-                report = replace(compared(saved, working, probe, settings, reader), layers=report.layers, **_of(report))
+                whole = compared(saved, working, probe, settings, reader)
+                report = replace(whole, **_of(report), settings=report.settings | {"probe": probe.source})
     except PeftkitError:
         shutil.rmtree(working_folder(target), ignore_errors=True)
         raise
@@ -77,19 +78,18 @@ def merge_streamed(
 
 
 def _of(report: MergeReport) -> dict[str, Any]:
-    return {"layer_difference": report.layer_difference, "settings": report.settings}
+    """What of a report is about the layers."""
+    return {"layers": report.layers, "layer_difference": report.layer_difference}
 
 
 def _proven(stream: Stream, working: Path, settings: MergeSettings, reader: Rereader) -> MergeReport:
     found, _ = reader.describe(working, stream.head.model_class, stream.dtype, weights=False)
     refuse_other(_expected(stream), {**found, "files": [one for one in found["files"] if one != PROGRESS]}, False)
     layers, difference = check_layers(stream, working)
-    told = {"dtype": stream.dtype, "method": stream.run.method.kind, "streamed": True, "compared": "layers"}
-    quantization = stream.run.backbone.quantization
-    told |= {"precision": settings.precision, "onto": settings.onto, "shard_bytes": settings.shard_bytes}
     return MergeReport(
         rows=0,
         equal_predictions=0,
+        argmax_agreement=None,
         largest_difference=0.0,
         largest_logit=0.0,
         mean_divergence=0.0,
@@ -99,7 +99,7 @@ def _proven(stream: Stream, working: Path, settings: MergeSettings, reader: Rere
         pooling=getattr(stream.run.task, "pooling", "none"),
         layers=layers,
         layer_difference=difference,
-        settings=told | {"quantization": quantization and str(quantization)},
+        settings=told(stream.run, settings) | {"streamed": True, "layer_tolerance": TOLERANCE[stream.dtype]},
     )
 
 
@@ -112,7 +112,7 @@ def _expected(stream: Stream) -> Expected:
         vocabulary=dict(tokenizer.get_vocab()),
         special={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         chat_template=stream.head.chat_template or tokenizer.chat_template,
-        labels=stream.head.labels,
+        labels=labels_of(stream.head),
         dtype=stream.dtype,
         model_class=type(model).__name__,
         tied=False,
