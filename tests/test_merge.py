@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from merging import METHODS, llama, made, rows
+from merging import METHODS, described, llama, made, rows
 from safetensors.torch import load_file, save_file
 
+from benchmarks.made_runs import make_run
 from peftkit.artifacts.fresh_process import Rereader
+from peftkit.artifacts.loading import merge_backbone
 from peftkit.artifacts.merge import merge, write_merged
 from peftkit.artifacts.settings import MergeSettings
 from peftkit.artifacts.store import load_run
@@ -387,3 +389,19 @@ def test_a_process_that_dies_is_told(runs: dict[str, Path], tmp_path: Path, monk
         merge(load_run(runs["classes"]), tmp_path / "out", rows("classes"), reader=reader)
     reader.kill()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["in memory", "streaming"])
+def test_a_run_that_was_built_on_another_is_merged(
+    streaming: list[str], runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the first one's merged model was removed, which is made again."""
+    first = Path(shutil.copytree(runs["text"], tmp_path / "first"))
+    run = described(first, "text", "rslora", tmp_path / "second")
+    merge_backbone(run)
+    second = make_run(run, run.task.head(rows("text")), tmp_path / "second")
+    shutil.rmtree(first / "merged")
+    file = tmp_path / "probe.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows("text", 4).records))
+    assert main(["merge", str(second), str(tmp_path / "out"), "--data", str(file), *streaming]) == 0
+    assert "4 of 4 predictions equal" in capsys.readouterr().out

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
-from peftkit.artifacts.loading import SavedRun, original_settings
-from peftkit.artifacts.manifest import read_manifest, read_saved_config
+from peftkit.artifacts.loading import SavedRun, merge_backbone, original_settings
 from peftkit.artifacts.merge import check_target, compared, told, write_report
 from peftkit.artifacts.proof import Expected, MergeReport, labels_of, refuse_far, refuse_other
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
+from peftkit.artifacts.vetting import vetted
 from peftkit.backbones.load import resolve, weight_files
 from peftkit.data.files import Rows
 from peftkit.errors import ArtifactError, PeftkitError
@@ -38,8 +38,9 @@ def needs_streaming(folder: Path, settings: MergeSettings) -> bool:
 
 def bytes_in_memory(folder: Path, settings: MergeSettings) -> int:
     """What a merge in memory holds at once: the model as it was evaluated, in full precision, and read back."""
-    run, manifest = read_saved_config(folder), read_manifest(folder)
+    manifest, run = vetted(folder)
     backbone = original_settings(run.backbone, manifest, original=False)
+    merge_backbone(run.model_copy(update={"backbone": backbone}))
     held = Checkpoint(weight_files(resolve(backbone))).entries.values()
     numbers = sum(math.prod(entry.shape) for entry in held)
     full = 8 if settings.precision == "float64" else 4
