@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 TASKS: dict[str, dict[str, Any]] = {
     "classes": {"kind": "sequence_classification"},
     "relations": {"kind": "relation_extraction"},
+    "target": {"kind": "seq2seq", "source": "prompt", "target": "completion"},
     "text": {"kind": "completion", "prompt": "prompt", "completion": "completion", "loss_on": "all"},
 }
 

@@ -37,6 +37,8 @@ CELLS: dict[str, tuple[str, str, str, dict[str, Any], MergeSettings]] = {
     "NF4 onto full precision": ("untied", "classes", "lora", NF4, MergeSettings(onto="full-precision")),
     "(IA)³": ("untied", "text", "ia3", {}, SMALL),
     "LoRA on transposed weights": ("gpt2", "text", "lora", {}, MergeSettings()),
+    "T5, three tied matrices": ("t5", "target", "lora", {}, MergeSettings(dtype="float16", shard_bytes=40_000)),
+    "BART, a buffer": ("bart", "target", "dora", {}, SMALL),
     "VeRA": ("untied", "text", "vera", {}, MergeSettings(dtype="bfloat16")),
     "full, new tokens": ("bert", "relations", "full", {}, SMALL),
     "full, tied": ("tied", "text", "full", {}, SMALL),
@@ -52,7 +54,7 @@ CELLS: dict[str, tuple[str, str, str, dict[str, Any], MergeSettings]] = {
 def backbones(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("streamed")
     found = {"bert": tiny_bert} | {name: llama(root / name, tied=name == "tied") for name in ("tied", "untied")}
-    return found | {"gpt2": gpt2(root / "gpt2")}
+    return found | {"gpt2": gpt2(root / "gpt2"), "t5": t5(root / "t5"), "bart": bart(root / "bart")}
 
 
 def gpt2(folder: Path) -> Path:
@@ -64,6 +66,37 @@ def gpt2(folder: Path) -> Path:
     torch.manual_seed(0)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1}
     GPT2Model(GPT2Config(vocab_size=len(WORDS) + 2, **shape)).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    """A random T5, which transformers holds in float32 in part where the rest is float16."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder.mkdir()
+    save_word_tokenizer(folder)
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    special = {"decoder_start_token_id": 0, "pad_token_id": 1, "eos_token_id": 1}
+    model: Any = T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS) + 2, **shape, **special))
+    model.save_pretrained(folder)
+    return folder
+
+
+def bart(folder: Path) -> Path:
+    """A random BART, which has a buffer beside its parts."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    folder.mkdir()
+    save_word_tokenizer(folder)
+    torch.manual_seed(0)
+    shape: dict[str, int] = {"d_model": 32, "max_position_embeddings": 64}
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_layers": 1, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 0}
+    model: Any = BartForConditionalGeneration(BartConfig(vocab_size=len(WORDS) + 2, **shape, **special))
+    model.generation_config.forced_eos_token_id = 1
+    model.save_pretrained(folder)
     return folder
 
 

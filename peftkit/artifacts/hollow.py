@@ -51,6 +51,8 @@ class Hollow:
     ones there is one."""
     shapes: dict[str, tuple[dtype, tuple[int, ...]]]
     """Types and shapes, by the same names."""
+    buffers: set[str]
+    """Of these, what is saved and counts as no parameter."""
     brought: set[str]
     """Of these, those that the run has and not the checkpoint: its head, and what a method trained in the model."""
     packed: set[str]
@@ -99,7 +101,9 @@ def hollow(settings: BackboneSettings, head: Head, real: Iterable[str] = ()) -> 
     backbone = Backbone(model, tokenizer, layout, heads, settings.name)
     state = model.state_dict()
     shapes = {name: (state[own].dtype, tuple(state[own].shape)) for name, own in saved.items()}
-    return Hollow(backbone, checkpoint, files, sources, saved, shapes, brought, packed)
+    parameters = dict(model.named_parameters())
+    buffers = {name for name, own in saved.items() if own not in parameters}
+    return Hollow(backbone, checkpoint, files, sources, saved, shapes, buffers, brought, packed)
 
 
 def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:

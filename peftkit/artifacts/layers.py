@@ -147,7 +147,7 @@ class Layers:
         from peft.utils import ModulesToSaveWrapper
 
         found: Any = self.model
-        for part in name.split("."):
+        for part in filter(None, name.split(".")):
             found = getattr(found, part)
             if isinstance(found, ModulesToSaveWrapper):
                 found = found.modules_to_save[ADAPTER]

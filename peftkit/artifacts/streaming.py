@@ -181,7 +181,7 @@ def _plan(
     split = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=settings.shard_bytes
     )
-    total = sum(math.prod(shape) for kind, shape in shapes.values() if kind.is_floating_point)
+    total = sum(math.prod(shape) for name, (_, shape) in shapes.items() if name not in stream.source.buffers)
     index = {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
     return shapes, split.filename_to_tensors, index if split.is_sharded else None
 
