@@ -23,7 +23,7 @@ from peftkit.errors import ArtifactError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODULE = "peftkit.artifacts.reread"
+MODULE = "peftkit.artifacts.plain_reader"
 PATIENCE = 30.0
 """Seconds that the process has to end once its input has."""
 
@@ -155,7 +155,7 @@ def _written(probe: Probe, folder: Path) -> dict[str, Any]:
 def _logits(shapes: list[list[int]], folder: Path) -> list[Tensor]:
     from safetensors.torch import load_file
 
-    from peftkit.artifacts.reread import LOGITS
+    from peftkit.artifacts.plain_reader import LOGITS
 
     flat = load_file(folder / LOGITS)["logits"]
     parts = flat.split([math.prod(shape) for shape in shapes])

@@ -65,7 +65,7 @@ def load_run(folder: str | Path) -> SavedRun:
     """
     folder = Path(folder)
     manifest, run = vetted(folder)
-    settings = _found_again(run.backbone, manifest)
+    settings = found_again(run.backbone, manifest)
     merge_backbone(run.model_copy(update={"backbone": settings}))
     head = Head.from_dict(manifest["head"])
     backbone = load(settings, head)
@@ -106,11 +106,11 @@ def tolerance(settings: BackboneSettings) -> float:
 
 def original_settings(settings: BackboneSettings, manifest: dict[str, Any], original: bool) -> BackboneSettings:
     """The backbone where it lies now; if `original`, as it was before it was quantised."""
-    found = _found_again(settings, manifest)
+    found = found_again(settings, manifest)
     return found.model_copy(update={"quantization": None, "dtype": "float32"}) if original else found
 
 
-def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
+def found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
     """A backbone named by a relative folder is looked for where it was when the run was trained."""
     recorded = manifest["backbone"]["folder"]
     if recorded and Path(recorded).is_dir() and not Path(settings.name).expanduser().is_dir():

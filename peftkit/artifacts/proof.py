@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.loading import SavedRun
+from peftkit.artifacts.plain_reader import is_tied
 from peftkit.artifacts.probe import Answers, digests
-from peftkit.artifacts.reread import is_tied
 from peftkit.backbones.load import Head
 from peftkit.errors import ArtifactError
 from peftkit.tasks.base import Task

@@ -1,7 +1,7 @@
 """A merged model read back from disk by a process of its own, as plain transformers.
 
-`python -m peftkit.artifacts.reread` reads one request a line from its input, and writes one answer a line. What it
-computes with is what anybody computes with who has transformers alone: neither peft nor anything that trains is
+`python -m peftkit.artifacts.plain_reader` reads one request a line from its input, and writes one answer a line. What
+it computes with is what anybody computes with who has transformers alone: neither peft nor anything that trains is
 imported, and each answer says so. peftkit's tasks turn rows into token ids, with the tokenizer that lies in the folder,
 and logits into scores.
 """
