@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peftkit.artifacts.merge_command import add_merge_options
 from peftkit.console import Parser
 from peftkit.launch_options import add_launch_options
 from peftkit.planning.command import add_plan_options
@@ -62,12 +63,7 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     one.add_argument("--file", type=Path, help="a table with the run's columns, or one text a line (.txt)")
 
     one = verb("merge", "Write a run as one plain transformers model, read it back and compare.")
-    one.add_argument("run", type=Path, metavar="RUN")
-    one.add_argument("target", type=Path, metavar="OUT")
-    one.add_argument("--data", type=Path, metavar="FILE", help="rows to compare on (default: the test split)")
-    one.add_argument(
-        "--probe-rows", type=_positive, metavar="N", help="compare on the first N test rows (default: all)"
-    )
+    add_merge_options(one, _positive)
 
     one = verb("params", "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

@@ -84,29 +84,10 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    from peftkit.artifacts.merge import check_target
-    from peftkit.artifacts.merge import merge as merge_run
-    from peftkit.artifacts.store import load_run, read_manifest
-    from peftkit.data.files import read_file
+    from peftkit.artifacts.merge_command import answer
+    from peftkit.typed import typed_rows
 
-    read_manifest(options.run)
-    check_target(options.run, options.target)
-    saved = load_run(options.run)
-    probe = read_file(options.data) if options.data else saved.run.task.splits().held_out
-    if options.probe_rows:
-        probe = probe.head(options.probe_rows)
-    result = merge_run(saved, options.target, probe)
-    say(
-        f"{result.equal_predictions:,} of {result.rows:,} predictions equal after re-reading; largest logit difference "
-        f"{result.largest_difference:.2g} ({result.relative:.2g} relative, {result.tolerance:g} allowed)"
-    )
-    if result.rows < result.examples:
-        say(f"compared on the first {result.rows:,} of {result.examples:,} examples; memory is set aside for no more")
-    say(f"wrote {options.target}: transformers.{result.model_class}.from_pretrained('{options.target}')")
-    if result.pooling == "mean":
-        say("pooling is `mean`: average its token logits over the attention mask")
-    if result.pooling == "markers":
-        say("pooling is `markers`: average its token logits at the two opening markers")
+    say(answer(options, lambda task, file: typed_rows(task, [], None, file)))
 
 
 def params(options: argparse.Namespace) -> None:

@@ -123,8 +123,17 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(
+    folder: Path,
+    needed: int,
+    what: str = "checkpoints and the result need",
+    mend: str = "name an output.folder on another disk",
+) -> None:
     """Refuse to start what `needed` bytes in `folder` would not hold; what is in it already counts as free.
+
+    Args:
+        what: whatever needs them.
+        mend: what else to do than to free some.
 
     Raises:
         ArtifactError: says how much is missing where.
@@ -133,10 +142,7 @@ def require_space(folder: Path, needed: int) -> None:
     place = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
     free = shutil.disk_usage(place).free + held
     if free < needed:
-        raise ArtifactError(
-            f"{folder}: checkpoints and the result need {_size(needed)}, and {_size(free)} are free; "
-            "free some, or name an output.folder on another disk"
-        )
+        raise ArtifactError(f"{folder}: {what} {_size(needed)}, and {_size(free)} are free; free some, or {mend}")
 
 
 def require_writable(target: Path) -> None:

@@ -33,6 +33,8 @@ class Entry:
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
+    """Bytes between the header and it."""
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -121,7 +123,7 @@ def _entry(file: Path, name: str, value: Any) -> Entry:
     sized = whole and len(shape) <= MOST_DIMENSIONS and len(offsets) == 2  # type: ignore[arg-type]
     if not sized or str(value.get("dtype")) not in BYTES:
         raise ArtifactError(f"{file}: the header says nothing readable of '{shown(name)}'; restore the file")
-    return Entry(value["dtype"], tuple(shape))  # type: ignore[arg-type]
+    return Entry(value["dtype"], tuple(shape), offsets[0])  # type: ignore[arg-type, index]
 
 
 def _check_layout(file: Path, places: list[tuple[list[int], Entry]], size: int) -> None:

@@ -32,6 +32,37 @@ CITIES, PEOPLE = WORDS[21:25], WORDS[25:29]
 FILLERS = WORDS[10:21]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_rereader() -> Iterator[None]:
+    """Let one process read back all that this session merges: starting it takes longer than a tiny merge."""
+    from peftkit.artifacts import fresh_process
+
+    kept: list[fresh_process.Rereader] = []
+
+    class Lasting(fresh_process.Rereader):
+        def __new__(cls) -> Any:
+            return kept[0] if kept else super().__new__(cls)
+
+        def __init__(self) -> None:
+            if not kept:
+                super().__init__()
+                kept.append(self)
+
+        def close(self) -> None:
+            """Stay for the next."""
+
+        def kill(self) -> None:
+            if self.waiting:
+                kept.clear()
+                super().kill()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fresh_process, "Rereader", Lasting)
+        yield
+    for left in kept:
+        fresh_process.Rereader.close(left)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets; tests that need it are skipped where it is absent."""

@@ -429,11 +429,11 @@ def test_a_merge_cut_short_leaves_nothing(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def read(saved: Any, folder: Path) -> None:
+    def read(self: Any, folder: Path, *_: Any, **__: Any) -> None:
         assert (folder / "model.safetensors").is_file()
         raise fault
 
-    monkeypatch.setattr("peftkit.artifacts.merge._read", read)
+    monkeypatch.setattr("peftkit.artifacts.fresh_process.Rereader.describe", read)
     code = main(["merge", str(finished("sentiment-lora")), str(tmp_path / "merged")])
     assert code == (130 if fault is KeyboardInterrupt else 1)
     assert list(tmp_path.iterdir()) == []

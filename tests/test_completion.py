@@ -342,7 +342,7 @@ class TestRun:
         self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         target = tmp_path / "merged"
-        assert main(["merge", str(finished / "run"), str(target)]) == 0
+        assert main(["merge", str(finished / "run"), str(target), "--data", str(finished / "test.jsonl")]) == 0
         assert "24 of 24 predictions equal" in capsys.readouterr().out
         model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
         nats, tokens = 0.0, 0
@@ -360,8 +360,9 @@ class TestRun:
     def test_a_merge_is_compared_on_as_much_as_memory_is_set_aside_for(
         self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("peftkit.artifacts.merge.MOST_LOGITS", 1)
-        assert main(["merge", str(finished / "run"), str(tmp_path / "merged")]) == 0
+        monkeypatch.setattr("peftkit.artifacts.probe.MOST_LOGITS", 1)
+        data = ["--data", str(finished / "test.jsonl")]
+        assert main(["merge", str(finished / "run"), str(tmp_path / "merged"), *data]) == 0
         said = capsys.readouterr().out
         assert "8 of 8 predictions equal" in said
         assert "compared on the first 8 of 24 examples" in said

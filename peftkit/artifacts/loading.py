@@ -65,7 +65,7 @@ def load_run(folder: str | Path) -> SavedRun:
     """
     folder = Path(folder)
     manifest, run = vetted(folder)
-    settings = _found_again(run.backbone, manifest)
+    settings = found_again(run.backbone, manifest)
     merge_backbone(run.model_copy(update={"backbone": settings}))
     head = Head.from_dict(manifest["head"])
     backbone = load(settings, head)
@@ -80,14 +80,21 @@ def load_run(folder: str | Path) -> SavedRun:
     return SavedRun(folder, run, manifest, backbone, model, head)
 
 
-def in_full_precision(saved: SavedRun) -> nn.Module:
-    """The run's model in float32, where its weights can be merged: where the backbone is quantised, on plain layers
-    with the values that training saw, because a merge into quantised ones would round them anew."""
+def in_full_precision(saved: SavedRun, precision: str = "float32", original: bool = False) -> nn.Module:
+    """The run's model in float32 or float64, where its weights can be merged: where the backbone is quantised, on plain
+    layers with the values that training saw, because a merge into quantised ones would round them anew.
+
+    Args:
+        original: where the backbone is quantised, on the checkpoint's own weights instead.
+    """
+    import torch
+
+    wanted: torch.dtype = getattr(torch, precision)
     if saved.run.backbone.quantization is None:
-        return saved.model.float()
-    backbone = load(_found_again(saved.run.backbone, saved.manifest), saved.head)
-    dequantize(backbone.model).float()
-    return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).eval()
+        return saved.model.to(wanted)
+    backbone = load(original_settings(saved.run.backbone, saved.manifest, original), saved.head)
+    dequantize(backbone.model).to(wanted)
+    return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).to(wanted).eval()
 
 
 def tolerance(settings: BackboneSettings) -> float:
@@ -97,7 +104,13 @@ def tolerance(settings: BackboneSettings) -> float:
     return max(TOLERANCE[settings.dtype], TOLERANCE[computed])
 
 
-def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
+def original_settings(settings: BackboneSettings, manifest: dict[str, Any], original: bool) -> BackboneSettings:
+    """The backbone where it lies now; if `original`, as it was before it was quantised."""
+    found = found_again(settings, manifest)
+    return found.model_copy(update={"quantization": None, "dtype": "float32"}) if original else found
+
+
+def found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
     """A backbone named by a relative folder is looked for where it was when the run was trained."""
     recorded = manifest["backbone"]["folder"]
     if recorded and Path(recorded).is_dir() and not Path(settings.name).expanduser().is_dir():

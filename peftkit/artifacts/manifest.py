@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftkit.backbones.load import Head
+from peftkit.backbones.runs import MANIFEST, RUN_FILE
 from peftkit.backbones.task_model import MODEL_CLASSES
 from peftkit.config import Run
 from peftkit.config import load_run as load_config
 from peftkit.disk import file_sha256, manifest_sha256
 from peftkit.errors import ArtifactError, ConfigError, UsageError
 from peftkit.schema import shown
-from peftkit.session import MANIFEST, RUN_FILE
 from peftkit.tensor_files import parse_object, plain_size
 
 FORMAT = 1

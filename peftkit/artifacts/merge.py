@@ -3,182 +3,244 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.artifacts.loading import in_full_precision, tolerance
-from peftkit.artifacts.store import SavedRun
-from peftkit.data.collate import IGNORED, collate
+from peftkit.artifacts.fresh_process import Probe, Rereader, reading
+from peftkit.artifacts.loading import TOLERANCE, SavedRun, in_full_precision, tolerance
+from peftkit.artifacts.probe import Answers, ask, encoded_probe, examples_sha256
+from peftkit.artifacts.proof import (
+    Expected,
+    MergeReport,
+    expected_of,
+    figures,
+    refuse_far,
+    refuse_other,
+    relative_difference,
+    scores,
+)
+from peftkit.artifacts.settings import BESIDE, BYTES, MergeSettings
+from peftkit.backbones.load import save_tokenizer
+from peftkit.backbones.quantize import quantize
+from peftkit.config import Run
 from peftkit.data.files import Rows
-from peftkit.disk import require_writable, whole_folder, write_text
+from peftkit.disk import file_sha256, require_space, require_writable, whole_folder, write_text
+from peftkit.environment import versions
 from peftkit.errors import ArtifactError, UsageError
-from peftkit.prepare import Split, encode_split
+from peftkit.prepare import Split
 from peftkit.processes import require_one_process
 from peftkit.quiet import quiet_libraries
-from peftkit.tasks.base import Example, Task
-from peftkit.tasks.language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 REPORT = "peftkit_merge.json"
-LAST_TOKENS = 16
-"""Supervised tokens of each row that language models are compared on."""
-MOST_LOGITS = 2**26
-"""Numbers that are held to compare; 256 MiB."""
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """How far the merged model, read back from disk, is from the adapter it came from."""
-
-    rows: int
-    """Compared: the first ones, as many as keep the logits that are held at once in bounds."""
-    examples: int
-    """Given to compare on; windows count one by one."""
-    equal_predictions: int
-    largest_difference: float
-    """Largest |Δlogit|."""
-    largest_logit: float
-    tolerance: float
-    model_class: str
-    pooling: str
-
-    @property
-    def relative(self) -> float:
-        """Largest |Δlogit| over max(1, largest |logit|)."""
-        return self.largest_difference / max(1.0, self.largest_logit)
-
-
-def merge(saved: SavedRun, target: str | Path, probe: Rows) -> MergeReport:
-    """Merge in float32, save, read back, compare on `probe`; nothing is left at `target` unless it is equal.
+def merge(
+    saved: SavedRun,
+    target: str | Path,
+    probe: Rows,
+    settings: MergeSettings | None = None,
+    reader: Rereader | None = None,
+) -> MergeReport:
+    """Compute W + ΔW, save it, let another process read it back, compare on `probe`; nothing is left at `target` unless
+    it is equal.
 
     Consumes `saved.model`.
 
+    Args:
+        reader: a process that reads it back; default: one that is started for it.
+
     Raises:
-        UsageError: `target` exists, or lies inside the run.
+        UsageError: `target` exists, or lies inside the run; settings that are for quantised runs alone.
         NotMergeable: the method has no merged form.
-        ArtifactError: the merged model computes something else.
+        ArtifactError: the merged model computes something else, is not whole, or there is no room for it.
     """
-    target = Path(target)
+    target, settings = Path(target), settings or MergeSettings()
     check_target(saved.folder, target)
+    check_settings(saved, settings)
     saved.model.cpu()  # a prediction may have moved it
-    dtype = saved.run.backbone.dtype
-    task = saved.run.task
-    # a language model is compared where it is scored
-    supervised = isinstance(task, LanguageModel)
-    split = encode_split(saved.run, probe.source, probe, saved.head, saved.tokenizer, supervised)
-    before = _remembered(saved.model, task, split)
-    with whole_folder(target) as partial:
-        _write(saved, partial, dtype)
-        report = _compare(before, _logits(_read(saved, partial), task, split), split, saved)
-        record = vars(report) | {"run_id": saved.manifest["run_id"]}
-        write_text(partial / REPORT, json.dumps(record, indent=2) + "\n")
+    split, scored = encoded_probe(saved.run, probe, saved.head, saved.tokenizer)
+    before = ask(saved.model, saved.run, split, scored)
+    with whole_folder(target) as partial, reading(reader) as process:
+        merged, arithmetic = merged_model(saved, split, settings)
+        require_room(target, merged, settings.dtype_for(saved.run.backbone))
+        reference = _reference(merged, saved, split, settings, before)
+        expected = write_merged(merged, saved, partial, settings)
+        del merged
+        report = _read_back(saved, partial, probe, settings, process, split, before, reference, expected)
+        report = replace(report, arithmetic=arithmetic)
+        write_report(partial, report, saved.manifest)
+    return report
+
+
+def compared(saved: SavedRun, folder: Path, probe: Rows, settings: MergeSettings, process: Rereader) -> MergeReport:
+    """How far a merged model in a folder is from the run.
+
+    Raises:
+        ArtifactError: farther than is let through.
+    """
+    split, scored = encoded_probe(saved.run, probe, saved.head, saved.tokenizer)
+    before = ask(saved.model, saved.run, split, scored)
+    return _read_back(saved, folder, probe, settings, process, split, before)
+
+
+def _read_back(
+    saved: SavedRun,
+    folder: Path,
+    probe: Rows,
+    settings: MergeSettings,
+    process: Rereader,
+    split: Split,
+    before: Answers,
+    reference: Answers | None = None,
+    expected: Expected | None = None,
+) -> MergeReport:
+    dtype = settings.dtype_for(saved.run.backbone)
+    asked = Probe(saved.folder, saved.head, probe, len(before.logits))
+    found, after = process.describe(folder, saved.head.model_class, dtype, probe=asked)
+    if expected is not None:
+        refuse_other(expected, found)
+    if found["examples"] != examples_sha256(split):
+        raise ArtifactError("the merged model's tokenizer makes other tokens of the rows; nothing was written")
+    if reference is not None:
+        _refuse_far_from(reference, after, saved, settings)
+    report = MergeReport(
+        **figures(saved.run.task, before.logits, after),
+        examples=len(split.encoded),
+        tolerance=allowed(saved, settings),
+        model_class=saved.head.model_class,
+        pooling=getattr(saved.run.task, "pooling", "none"),
+        score=scores(before, found["score"]),
+        settings=told(saved.run, settings) | {"probe": probe.source},
+    )
+    if settings.onto == "trained":
+        refuse_far(report.relative, report.largest_difference, report.tolerance)
     return report
 
 
 def check_target(run_folder: Path, target: Path) -> None:
     """Refuse a target that exists or that lies inside the run, and processes that would write it together."""
     require_one_process("a merge")
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists; name a new folder for the merged model")
     if run_folder.resolve() in target.resolve().parents:
         raise UsageError(f"{target} lies inside the run {run_folder}; name a folder outside it")
     require_writable(target)
 
 
-def _write(saved: SavedRun, folder: Path, dtype: str) -> None:
+def check_settings(saved: SavedRun, settings: MergeSettings) -> None:
+    """Refuse what is for quantised runs where the run is none.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if settings.onto != "trained" and saved.run.backbone.quantization is None:
+        option = "--requantize" if settings.onto == "requantized" else "--onto full-precision"
+        raise UsageError(f"{option} is for runs over a quantised backbone, and {saved.folder} is none; leave it out")
+    if settings.onto == "requantized":
+        from peftkit.artifacts.requantize import check_packing
+
+        assert saved.run.backbone.quantization is not None
+        check_packing(saved.run.backbone.quantization)
+
+
+def allowed(saved: SavedRun, settings: MergeSettings) -> float:
+    """Largest accepted |Δlogit| / max(1, |logit|), by the dtypes that either model is held or multiplied in."""
+    return max(TOLERANCE[settings.dtype_for(saved.run.backbone)], tolerance(saved.run.backbone))
+
+
+def merged_model(saved: SavedRun, split: Split, settings: MergeSettings) -> tuple[nn.Module, float]:
+    """The merged model in full precision, and how far it is from the same weights unmerged on the first batch.
+
+    Raises:
+        NotMergeable: the method has no merged form.
+        ArtifactError: it computes something else than before it was merged.
+    """
+    adapted = in_full_precision(saved, settings.precision, original=settings.onto == "full-precision")
+    before = ask(adapted, saved.run, split, scored=False, examples=split.batch_size)
+    merged = saved.run.method.merge(adapted)
+    after = ask(merged, saved.run, split, scored=False, examples=split.batch_size)
+    found = relative_difference(before.logits, after.logits)
+    refuse_far(found, found, TOLERANCE["float32"], "the merge itself")
+    return merged, found
+
+
+def require_room(target: Path, model: nn.Module, dtype: str) -> None:
+    """Refuse to write what the disk would not hold.
+
+    Raises:
+        ArtifactError: says how much is missing where.
+    """
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    require_space(target, numbers * BYTES[dtype] + BESIDE, "the merged model needs", "name a folder on another disk")
+
+
+def write_merged(merged: Any, saved: SavedRun, folder: Path, settings: MergeSettings) -> Expected:
+    """Cast once, save with everything that belongs to it; returns what must be found when it is read back."""
     import torch
 
-    merged: Any = saved.run.method.merge(in_full_precision(saved))
+    dtype = settings.dtype_for(saved.run.backbone)
+    packed = settings.onto == "requantized"
+    expected = expected_of(merged, saved, dtype, packed)
     with quiet_libraries():
-        merged.to(getattr(torch, dtype)).save_pretrained(folder)
-        saved.tokenizer.save_pretrained(folder)
+        cast = merged.to(getattr(torch, dtype))
+        if packed:
+            from peftkit.artifacts.requantize import save_packed
+
+            assert saved.run.backbone.quantization is not None
+            save_packed(cast, saved.head.model_class, saved.run.backbone.quantization, folder, settings.shard_bytes)
+        else:
+            cast.save_pretrained(folder, max_shard_size=settings.shard_bytes)
+        save_tokenizer(saved.tokenizer, folder)
+    return expected
 
 
-def _read(saved: SavedRun, folder: Path) -> nn.Module:
-    import transformers
-
-    with quiet_libraries():
-        model: nn.Module = getattr(transformers, saved.head.model_class).from_pretrained(folder, local_files_only=True)
-    return model.eval()
-
-
-def _batches(split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """(examples, batch) in the order of the split."""
-    examples = split.encoded.examples
-    for start in range(0, len(examples), split.batch_size):
-        indices = list(range(start, min(start + split.batch_size, len(examples))))
-        yield indices, collate([_ending(examples[index]) for index in indices], split.pad_id)
+def write_report(folder: Path, report: MergeReport, manifest: dict[str, Any], leave_out: str = "") -> None:
+    """Put the figures beside the model, with the hash of each of its files."""
+    files = [file for file in sorted(folder.iterdir()) if file.name != leave_out]
+    record = report.as_dict() | {
+        "run_id": manifest["run_id"],
+        "files": {file.name: file_sha256(file) for file in files},
+        "versions": versions(),
+    }
+    write_text(folder / REPORT, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def _ending(example: Example) -> Example:
-    """Of a language model's example, only the last supervised tokens; all that stands before decides those too."""
-    labels = example.get("labels")
-    if not isinstance(labels, list):
-        return example
-    kept = [position for position, label in enumerate(labels) if label != IGNORED][-LAST_TOKENS:]
-    return example | {"labels": [label if position in kept else IGNORED for position, label in enumerate(labels)]}
+def _reference(merged: Any, saved: SavedRun, split: Split, settings: MergeSettings, before: Answers) -> Answers | None:
+    """What a model that is read back, and whose weights are not those that training saw, must compute: what the merged
+    model does while it is still in memory. None where the run itself is what it is compared with."""
+    if settings.onto == "trained":
+        return None
+    import copy
 
-
-def _logits(model: nn.Module, task: Task, split: Split) -> Iterator[list[Tensor]]:
-    """Batch by batch, the logits of each example's real tokens; of language models, of its last supervised ones."""
     import torch
 
-    model.eval()
-    for indices, batch in _batches(split):
-        with torch.no_grad():
-            if isinstance(task, LanguageModel):
-                yield [logits.float() for logits in task.split_logits(model, batch)]
-                continue
-            logits = task.logits(model, batch).float()
-        lengths = [split.encoded.lengths[index] for index in indices]
-        yield [row if logits.ndim == 2 else row[:length] for row, length in zip(logits, lengths, strict=True)]
+    model = merged
+    if settings.onto == "requantized":
+        assert saved.run.backbone.quantization is not None
+        model = copy.deepcopy(merged).to(getattr(torch, settings.dtype_for(saved.run.backbone)))
+        quantize(model, saved.backbone.layout, saved.run.backbone.quantization)
+    return ask(model, saved.run, split, scored=False, examples=len(before.logits))
 
 
-def _remembered(model: nn.Module, task: Task, split: Split) -> list[list[Tensor]]:
-    """The logits of the first batches, as many as may be held at once; of the first in any case."""
-    kept: list[list[Tensor]] = []
-    held = 0
-    for rows in _logits(model, task, split):
-        kept.append(rows)
-        held += sum(row.numel() for row in rows)
-        if held >= MOST_LOGITS:
-            break
-    return kept
+def _refuse_far_from(reference: Answers, after: list[Any], saved: SavedRun, settings: MergeSettings) -> None:
+    far = relative_difference(reference.logits[: len(after)], after)
+    limit, quantization = allowed(saved, settings), saved.run.backbone.quantization
+    if settings.onto == "requantized" and quantization is not None:
+        from peftkit.artifacts.requantize import TOLERANCE as PACKED
+
+        limit = max(limit, PACKED[quantization.kind])
+    refuse_far(far, far, limit, "what was read back")
 
 
-def _compare(before: list[list[Tensor]], after: Iterator[list[Tensor]], split: Split, saved: SavedRun) -> MergeReport:
-    alike, differences, largest, equal, rows = saved.run.task.answers_alike, [0.0], [0.0], 0, 0
-    for old, new in zip(before, after, strict=False):
-        pairs = [(one, two) for one, two in zip(old, new, strict=True) if one.numel()]
-        differences += [_most(one - two) for one, two in pairs]
-        largest += [_most(one) for one, _ in pairs]
-        equal += sum(alike(one, two) for one, two in pairs)
-        rows += len(pairs)
-    report = MergeReport(
-        rows=rows,
-        examples=len(split.encoded),
-        equal_predictions=equal,
-        largest_difference=math.nan if any(map(math.isnan, differences)) else max(differences),
-        largest_logit=max(largest),
-        tolerance=tolerance(saved.run.backbone),
-        model_class=saved.head.model_class,
-        pooling=getattr(saved.run.task, "pooling", "none"),
-    )
-    if not rows:
-        raise ArtifactError("nothing to compare the merged model on: no row has a supervised token; give others")
-    # written so that a difference that is not a number is refused too
-    if not report.relative <= report.tolerance:
-        raise ArtifactError(
-            f"the merged model is not the one that was evaluated: logits differ by {report.largest_difference:.2g} "
-            f"({report.relative:.2g} relative, {report.tolerance:g} allowed); nothing was written"
-        )
-    return report
-
-
-def _most(values: Tensor) -> float:
-    return float(values.abs().max())
+def told(run: Run, settings: MergeSettings) -> dict[str, Any]:
+    """What was asked for, and of what."""
+    quantization = run.backbone.quantization
+    return asdict(settings) | {
+        "dtype": settings.dtype_for(run.backbone),
+        "method": run.method.kind,
+        "quantization": quantization and str(quantization),
+    }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +20,7 @@ from peftkit.backbones.quantization import AnyQuantization
 from peftkit.backbones.quantize import mend, quantize
 from peftkit.backbones.runs import resolved
 from peftkit.backbones.task_model import load_model, trained_heads
-from peftkit.disk import file_sha256
+from peftkit.backbones.weight_files import weight_files, weights_sha256
 from peftkit.errors import BackboneError, UsageError, first_line
 from peftkit.memory import reset_peak, resident_bytes
 from peftkit.schema import Section
@@ -129,7 +128,7 @@ def load(settings: BackboneSettings, head: Head) -> Backbone:
         add_to_model(model, tokenizer, head.new_tokens)
     if settings.quantization is not None:
         quantize(model, layout, settings.quantization)
-    _pad_token(model, tokenizer)
+    tell_padding(model, tokenizer)
     if head.chat_template:
         tokenizer.chat_template = head.chat_template
     setattr(model, BEFORE, before)
@@ -174,6 +173,13 @@ def load_tokenizer(settings: BackboneSettings, pretokenized: bool = False) -> Pr
             raise BackboneError(f"the tokenizer in {folder} has neither a padding nor an end token; give it one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer without the length at which it last cut or filled up texts, which other tools would heed."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def longest_input(settings: BackboneSettings, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -231,28 +237,6 @@ def chosen_config(settings: BackboneSettings, folder: Path) -> PretrainedConfig:
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order; never pickled weights."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    hint = (
-        f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors first"
-        if pickled
-        else "; it needs model.safetensors (or its shards)"
-    )
-    raise BackboneError(f"no weights in {folder}{hint}")
-
-
-def weights_sha256(files: Iterable[Path]) -> str:
-    """One hash over the names and contents of weight files."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}:{file_sha256(file)}\n".encode())
-    return total.hexdigest()
-
-
 def meta_model(config: PretrainedConfig, head: Head | None, dtype: str = "float32") -> nn.Module:
     """The model's shapes without its weights: parameters on the meta device. Without a head, the bare backbone."""
     import torch
@@ -271,7 +255,7 @@ def meta_model(config: PretrainedConfig, head: Head | None, dtype: str = "float3
     return model
 
 
-def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def tell_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Decoders look for the last token that is not padding: they must be told what batches are filled up with."""
     model.config.pad_token_id = tokenizer.pad_token_id
 

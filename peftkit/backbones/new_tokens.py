@@ -94,6 +94,12 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
+def rows_by_name(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Ids and rows of the new tokens, by the name of each matrix of embeddings that `fold` would write them into."""
+    places = {id(embeddings): _values(owner) for owner, embeddings, _ in _connections(model)}
+    return {f"{name}.weight": places[id(part)] for name, part in model.named_modules() if id(part) in places}
+
+
 def fold_backbone(backbone: Backbone) -> None:
     """The same for a method that trains the whole matrix of embeddings anyway."""
     fold(backbone.model)

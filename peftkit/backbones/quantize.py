@@ -44,7 +44,7 @@ def quantize(model: nn.Module, layout: Layout, settings: Quantization) -> list[s
     with quiet_libraries():
         from peftkit.backbones.quantized_layers import pack, packing_device
 
-    chosen = [name for name in block_linears(model, layout) if not _must_stay(model, name)]
+    chosen = packable(model, layout)
     if not chosen:
         raise BackboneError("the blocks have no linear layer to quantise; leave backbone.quantization out")
     for name in chosen:
@@ -52,6 +52,11 @@ def quantize(model: nn.Module, layout: Layout, settings: Quantization) -> list[s
     # peft asks the model, not the layers
     setattr(model, f"is_loaded_in_{'8' if isinstance(settings, Int8) else '4'}bit", True)
     return chosen
+
+
+def packable(model: nn.Module, layout: Layout) -> list[str]:
+    """The linear layers that are packed, by name."""
+    return [name for name in block_linears(model, layout) if not _must_stay(model, name)]
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -149,6 +149,7 @@ class FromPeft(Method):
 
         fold(model)  # first: what was adapted of the embeddings holds for the new rows too
         _unwrap_heads(model)
+        untie(model)
         return fuse(model.merge_and_unload(safe_merge=True))  # type: ignore[operator]
 
     def saved_form(self, model: nn.Module) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -212,6 +213,29 @@ def _unwrap_heads(model: nn.Module) -> None:
 
     for name, part in [one for one in model.named_modules() if isinstance(one[1], ModulesToSaveWrapper)]:
         model.set_submodule(name, part.modules_to_save[ADAPTER])
+
+
+def tied_and_adapted(model: Any) -> bool:
+    """Whether word embeddings and output share a matrix, and only one of the two modules has an update."""
+    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    sides = [task_model.get_input_embeddings(), task_model.get_output_embeddings()]
+    if None in sides:
+        return False
+    plain = [getattr(side, "base_layer", side) for side in sides]
+    return plain[0].weight is plain[1].weight and sum(hasattr(side, "base_layer") for side in sides) == 1
+
+
+def untie(model: Any) -> None:
+    """Give word embeddings and output a matrix each where one alone is adapted: merged, they are two."""
+    if not tied_and_adapted(model):
+        return
+    from torch import nn
+
+    task_model = model.get_base_model()
+    output = task_model.get_output_embeddings()
+    output = getattr(output, "base_layer", output)
+    output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    task_model.config.tie_word_embeddings = False
 
 
 def are_transposed(model: nn.Module, names: list[str]) -> bool:

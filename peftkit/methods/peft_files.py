@@ -145,13 +145,15 @@ def quiet_peft() -> Iterator[None]:
 
     It finds out for each module whether its weights are transposed, which targets of both kinds make it say; that names
     agree, and that projections are drawn alike on loading, is checked by us; BOFT does without its CUDA kernel; LN
-    tuning knows no names. What a configuration says that peft does not know is refused by us.
+    tuning knows no names; a matrix that word embeddings and output share is merged into two where one of them alone is
+    adapted. What a configuration says that peft does not know is refused by us.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1")
         warnings.filterwarnings("ignore", "Unexpected keyword arguments")
         warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part")
         warnings.filterwarnings("ignore", "Found missing adapter keys|The following (rank|alpha)_pattern keys")
         warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A and vera_B")
         yield
