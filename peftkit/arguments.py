@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peftkit.artifact_verbs import add_combine_options, add_diff_options, add_extract_options
 from peftkit.console import Parser
 from peftkit.launch_options import add_launch_options
 from peftkit.planning.command import add_plan_options
@@ -68,6 +69,10 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     one.add_argument(
         "--probe-rows", type=_positive, metavar="N", help="compare on the first N test rows (default: all)"
     )
+
+    add_combine_options(verb("combine", "Add up what several runs do to one backbone: ΔW by weights, TIES, DARE."))
+    add_diff_options(verb("diff", "What two runs of one backbone do otherwise: ΔW by module, heads, settings."))
+    add_extract_options(verb("extract", "The adapter that is nearest to what a full fine-tuning did to a model."))
 
     one = verb("params", "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

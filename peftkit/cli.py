@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from peftkit import artifact_verbs
 from peftkit.arguments import parsers
 from peftkit.console import Parser, guard, say
 from peftkit.errors import ConfigError, UsageError
@@ -107,6 +108,18 @@ def merge(options: argparse.Namespace) -> None:
         say("pooling is `mean`: average its token logits over the attention mask")
     if result.pooling == "markers":
         say("pooling is `markers`: average its token logits at the two opening markers")
+
+
+def combine(options: argparse.Namespace) -> None:
+    say(artifact_verbs.combine(options))
+
+
+def diff(options: argparse.Namespace) -> None:
+    say(artifact_verbs.diff(options))
+
+
+def extract(options: argparse.Namespace) -> None:
+    say(artifact_verbs.extract(options))
 
 
 def params(options: argparse.Namespace) -> None:
@@ -212,7 +225,22 @@ def _run(arguments: list[str]) -> None:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
-    commands = (train, launch, audit, validate, evaluate, predict, merge, params, plan, fetch, schema)
+    commands = (
+        train,
+        launch,
+        audit,
+        validate,
+        evaluate,
+        predict,
+        merge,
+        combine,
+        diff,
+        extract,
+        params,
+        plan,
+        fetch,
+        schema,
+    )
     named = {command.__name__: command for command in commands}
     return parsers(named | {"ls": list_recipes, "cp": copy_config, "env": environment})
 

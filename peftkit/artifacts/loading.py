@@ -65,7 +65,7 @@ def load_run(folder: str | Path) -> SavedRun:
     """
     folder = Path(folder)
     manifest, run = vetted(folder)
-    settings = _found_again(run.backbone, manifest)
+    settings = found_again(run.backbone, manifest)
     merge_backbone(run.model_copy(update={"backbone": settings}))
     head = Head.from_dict(manifest["head"])
     backbone = load(settings, head)
@@ -85,7 +85,7 @@ def in_full_precision(saved: SavedRun) -> nn.Module:
     with the values that training saw, because a merge into quantised ones would round them anew."""
     if saved.run.backbone.quantization is None:
         return saved.model.float()
-    backbone = load(_found_again(saved.run.backbone, saved.manifest), saved.head)
+    backbone = load(found_again(saved.run.backbone, saved.manifest), saved.head)
     dequantize(backbone.model).float()
     return saved.run.method.load(backbone, saved.folder / saved.manifest["artifact"]).eval()
 
@@ -97,7 +97,7 @@ def tolerance(settings: BackboneSettings) -> float:
     return max(TOLERANCE[settings.dtype], TOLERANCE[computed])
 
 
-def _found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
+def found_again(settings: BackboneSettings, manifest: dict[str, Any]) -> BackboneSettings:
     """A backbone named by a relative folder is looked for where it was when the run was trained."""
     recorded = manifest["backbone"]["folder"]
     if recorded and Path(recorded).is_dir() and not Path(settings.name).expanduser().is_dir():
