@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import UsageError
 
@@ -50,6 +50,19 @@ def add_extract_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN", help="a finished run, or a folder with a merged model")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    parser.add_argument("--format", choices=("onnx", "gguf", "vllm"), required=True)
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="rows, or one text a line (.txt), to compare on (default: test split)"
+    )
+    parser.add_argument("--probe-rows", type=_positive, metavar="N", help="compare on the first N (default: all)")
+    parser.add_argument("--int8", action="store_true", help="onnx: a second file in 8 bits, its cost measured")
+    parser.add_argument("--float16", action="store_true", help="gguf: matrices in 16 bits")
+    parser.add_argument("--json", action="store_true")
+
+
 def combine(options: argparse.Namespace) -> str:
     """Combine, and tell what came of it."""
     weights, rest = _numbers(options.weights)
@@ -87,6 +100,81 @@ def extract(options: argparse.Namespace) -> str:
 
     report = extract_adapter(options.base, options.tuned, options.target, options.rank, options.leave_out)
     return json.dumps(asdict(report), indent=2) if options.json else _extracted(report, options.target)
+
+
+def export(options: argparse.Namespace) -> str:
+    """Export, and tell how it was compared."""
+    if options.int8 and options.format != "onnx":
+        raise UsageError("--int8 is for --format onnx; leave it out")
+    if options.float16 and options.format != "gguf":
+        raise UsageError("--float16 is for --format gguf; leave it out")
+    if options.format == "vllm" and (options.data or options.probe_rows):
+        raise UsageError("--data and --probe-rows: an adapter for vLLM is compared by its weights; leave them out")
+    answer = {"onnx": _onnx, "gguf": _gguf, "vllm": _vllm}[options.format]
+    report, lines = answer(options)
+    return json.dumps(asdict(report), indent=2, ensure_ascii=False) if options.json else "\n".join(lines)
+
+
+def _onnx(options: argparse.Namespace) -> tuple[Any, list[str]]:
+    from peftkit.artifacts.export_onnx import export_onnx
+
+    report = export_onnx(options.source, options.target, _rows(options), options.probe_rows, options.int8)
+    lines = [f"compared  {report.rows:,} rows of {report.compared_on} in ONNX Runtime"]
+    if report.scores:
+        lines.append(f"torch     {_scores(report.scores)}")
+    for name, graph in report.graphs.items():
+        allowed = f", {report.tolerance:g} allowed" if name == "model.onnx" else ""
+        lines.append(
+            f"{name}  {graph.bytes / 2**20:.1f} MiB, {graph.equal:,} of {report.rows:,} predictions equal, largest "
+            f"logit difference {graph.largest_difference:.2g} ({graph.relative:.2g} relative{allowed})"
+        )
+        lines += [f"          {_scores(graph.scores)}"] if graph.scores else []
+    if report.pooling in ("mean", "markers"):
+        what = "over the attention mask" if report.pooling == "mean" else "at the two opening markers"
+        lines.append(f"pooling is `{report.pooling}`: average its token logits {what}")
+    return report, [*lines, f"wrote {options.target}: onnxruntime.InferenceSession('{options.target}/model.onnx')"]
+
+
+def _gguf(options: argparse.Namespace) -> tuple[Any, list[str]]:
+    from peftkit.artifacts.export_gguf import export_gguf
+    from peftkit.typed import lines_of
+
+    prompts = lines_of(options.data)[: options.probe_rows] if options.data else None
+    report = export_gguf(options.source, options.target, prompts, "float16" if options.float16 else "float32")
+    return report, [
+        f"compared  {report.tensors} weights as read back by transformers: largest difference "
+        f"{report.largest_difference:.2g}; {report.equal_texts} of {report.prompts} prompts continued alike",
+        f"wrote {options.target}/model.gguf ({report.bytes / 2**20:.1f} MiB, {report.precision})",
+    ]
+
+
+def _vllm(options: argparse.Namespace) -> tuple[Any, list[str]]:
+    from peftkit.artifacts.export_vllm import export_vllm
+
+    report = export_vllm(options.source, options.target)
+    return report, [
+        f"adapter   rank {report.rank} on {report.modules} modules; {report.truncation:.2g} of ‖ΔW‖ off as read back",
+        f"wrote {options.target}: {report.command.replace('OUT', str(options.target))}",
+    ]
+
+
+def _rows(options: argparse.Namespace) -> Any:
+    """The rows of `--data`; of a text file, one a line, as a run's task or a plain model takes them."""
+    if options.data is None:
+        return None
+    from peftkit.artifacts.manifest import read_saved_config
+    from peftkit.backbones.runs import is_run
+    from peftkit.data.rows import Rows
+    from peftkit.typed import lines_of, typed_rows
+
+    if is_run(options.source):
+        return typed_rows(read_saved_config(options.source).task, [], None, options.data)
+    texts = lines_of(options.data)
+    return Rows(str(options.data), [{"text": text} for text in texts], range(1, len(texts) + 1))
+
+
+def _scores(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def _numbers(given: list[str]) -> tuple[list[float], list[str]]:

@@ -122,6 +122,10 @@ def extract(options: argparse.Namespace) -> None:
     say(artifact_verbs.extract(options))
 
 
+def export(options: argparse.Namespace) -> None:
+    say(artifact_verbs.export(options))
+
+
 def params(options: argparse.Namespace) -> None:
     from peftkit.planning.chart import check_chart, draw
     from peftkit.planning.survey import survey
@@ -236,6 +240,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         combine,
         diff,
         extract,
+        export,
         params,
         plan,
         fetch,

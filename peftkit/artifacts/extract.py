@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.loading import in_full_precision, load_run
 from peftkit.artifacts.lora_writer import is_matrix, lora_model, of_rank
 from peftkit.artifacts.low_rank import Change, LowRank
+from peftkit.artifacts.plain_model import load_plain
 from peftkit.artifacts.reread import compared
 from peftkit.artifacts.target import check_new_folder
 from peftkit.artifacts.updates import differences, is_held_transposed, parameters_of
-from peftkit.backbones.load import Backbone, BackboneSettings, Head, load, read_config, resolve, weight_files
+from peftkit.backbones.load import Backbone, BackboneSettings, Head, load
 from peftkit.backbones.runs import is_run
-from peftkit.backbones.task_model import load_model
 from peftkit.disk import whole_folder, write_text
 from peftkit.errors import UsageError
 from peftkit.methods.base import inside
@@ -28,16 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 REPORT = "extraction.json"
-MODEL_CLASSES = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
-"""By the end of an architecture's name, which config.json has, the class that both models are loaded as."""
 
 
 @dataclass(frozen=True)
@@ -111,27 +101,10 @@ def extract(base: str, tuned: str, target: Path, rank: int, leave_out: bool = Fa
 
 def _tuned(name: str) -> tuple[nn.Module, Head]:
     """The tuned model in float32, and what its task put on it."""
-    import torch
-
     if is_run(Path(name).expanduser()):
         saved = load_run(Path(name).expanduser())
         return saved.run.method.merge(in_full_precision(saved)), saved.head
-    settings = BackboneSettings(name=name)
-    config: Any = read_config(resolve(settings))
-    found = (config.architectures or ["none"])[0]
-    model_class = next((one for end, one in MODEL_CLASSES.items() if found.endswith(end)), None)
-    if model_class is None:
-        raise UsageError(
-            f"{name} is a {found}, which is no model of a task; its config.json should name one in architectures, such "
-            "as BertForSequenceClassification"
-        )
-    of_classes = "Classification" in model_class
-    head = Head(model_class, labels=tuple(map(str, config.id2label.values())) if of_classes else ())
-    folder = resolve(settings)
-    model, fresh = load_model(folder, weight_files(folder), config, model_class, torch.float32)
-    if fresh:
-        raise UsageError(f"{name} lacks '{min(fresh)}'; name the folder of the whole tuned model")
-    return model, head
+    return load_plain(name)
 
 
 def _sorted_out(
