@@ -21,6 +21,8 @@ from peftkit.quiet import quiet_libraries
 FILE = "model.gguf"
 NEW_TOKENS = 24
 """Tokens that each prompt is continued by."""
+BATCH = 10
+"""Prompts that are continued at once."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ def export_gguf(
             tokenizer = load_gguf_tokenizer(partial / FILE, found.tokenizer.model_max_length)
         difference = _compared(found.model, reread, precision)
         _refuse_other_tokens(found.tokenizer, tokenizer, asked)
-        expected = [_continued(found.model, found.tokenizer, prompt) for prompt in asked]
-        texts = [_continued(reread, tokenizer, prompt) for prompt in asked]
+        expected, texts = _continued(found.model, found.tokenizer, asked), _continued(reread, tokenizer, asked)
         report = GgufReport(
             format="gguf",
             precision=precision,
@@ -115,19 +116,22 @@ def _refuse_other_tokens(ours: Any, theirs: Any, texts: Sequence[str]) -> None:
             raise ArtifactError(f"the tokenizer was read back from GGUF with another {name}; nothing was written")
 
 
-def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
-    """The prompt's continuation, greedily."""
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The continuation of each prompt, greedily; batches are filled up on the left."""
+    return [
+        text for start in range(0, len(prompts), BATCH) for text in _batch(model, tokenizer, prompts[start:][:BATCH])
+    ]
+
+
+def _batch(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     import torch
 
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[fill] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    how = {"do_sample": False, "use_cache": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": fill}
     with torch.no_grad(), quiet_libraries():
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            use_cache=True,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-    text: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+        made = model.generate(ids, attention_mask=mask, **how)
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in made]
