@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peftkit.artifacts.combination import Recipe, linear
 from peftkit.artifacts.combine import combine
-from peftkit.artifacts.loading import load_run
+from peftkit.artifacts.loading import in_full_precision, load_run
 from peftkit.artifacts.low_rank import LowRank, added, dense, inner, length, nearest, nearest_to
 from peftkit.artifacts.updates import update_of
 from peftkit.backbones.load import weight_files, weights_sha256
@@ -52,10 +52,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, toy_data: Pa
     return root
 
 
-def _train(folder: Path, backbone: Path, data: Path, method: dict[str, Any], steps: int) -> None:
+def _train(
+    folder: Path, backbone: Path, data: Path, method: dict[str, Any], steps: int, more: dict[str, Any] | None = None
+) -> None:
     files = {split: str(data / f"sentiment_{split}.jsonl") for split in ("train", "dev", "test")}
     tree = {
-        "backbone": {"name": str(backbone)},
+        "backbone": {"name": str(backbone)} | (more or {}),
         "task": {"kind": "sequence_classification", "data": files, "max_length": 32},
         "method": method,
         "training": {"learning_rate": 0.01, "max_steps": steps, "batch_size": 16, "seed": len(folder.name)},
@@ -242,6 +244,30 @@ def test_what_no_adapter_holds_becomes_a_plain_model(runs: Path, tiny_bert: Path
     with pytest.raises(UsageError, match="no adapter can hold the change of 'bert"):
         _combine(runs, names, weights, tmp_path / "other", head="3", rank=2)
     assert not (tmp_path / "other").exists()
+
+
+def test_small_changes_may_be_stored_within_large_weights(runs: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    report = _combine(runs, ["lora", "dora"], [1e-4, 1e-4], tmp_path / "out", head="1")
+    assert report.result == "model" and report.rounding <= 1e-7 < report.truncation
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+def test_changes_are_of_the_weights_that_training_saw(
+    variant: str, tiny_bert: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    method = {"kind": "lora", "rank": 2, "variant": variant}
+    quantization = {"kind": "nf4", "block_size": 32}
+    _train(tmp_path / "run", tiny_bert, toy_data, method, 3, {"quantization": quantization})
+    report = _combine(tmp_path, ["run"], [1.0], tmp_path / "out")
+    assert report.result == ("adapter" if variant == "plain" else "model")
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    with torch.no_grad():
+        # by full products on both sides: packed layers multiply in bfloat16
+        expected, found = (in_full_precision(load_run(tmp_path / name))(**batch).logits for name in ("run", "out"))
+    assert (expected - found).abs().max() <= 1e-5
+    _train(tmp_path / "whole", tiny_bert, toy_data, method, 1)
+    with pytest.raises(UsageError, match=r"other backbone\.quantization"):
+        _combine(tmp_path, ["run", "whole"], [1.0, 1.0], tmp_path / "both")
 
 
 # --- TIES, DARE, magnitude ----------------------------------------------------------------------------------------

@@ -7,20 +7,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.combination import HOWS, Recipe, combined
 from peftkit.artifacts.combined_heads import chosen_heads
 from peftkit.artifacts.combined_run import write_adapter, write_model
 from peftkit.artifacts.loading import load_run
 from peftkit.artifacts.lora_writer import not_held, of_rank
-from peftkit.artifacts.low_rank import LowRank
+from peftkit.artifacts.low_rank import Change, LowRank
 from peftkit.artifacts.reread import compared
 from peftkit.artifacts.target import check_new_folder
-from peftkit.artifacts.updates import Update, plain_backbone, update_of
+from peftkit.artifacts.updates import Origin, differences, parameters_of, plain_backbone, update_of
 from peftkit.artifacts.vetting import vetted
 from peftkit.disk import whole_folder, write_text
 from peftkit.errors import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 REPORT = "combination.json"
 
@@ -95,10 +98,12 @@ def combine(
     with whole_folder(target) as partial:
         write = write_model if lost else write_adapter
         write(partial, like, changes, heads, record | {"files": origins})
-        reread = update_of(load_run(partial))
-        _refuse_other_heads(heads, reread)
-        largest = {name: float(one.detach().abs().max()) for name, one in base.named_parameters()}
-        report = CombineReport(**record, **compared(exact, changes, reread.changes, largest))
+        read, read_heads = _reread(partial, base, like) if lost else _as_run(partial)
+        _refuse_other_heads(heads, read_heads)
+        # factors are stored by themselves; all else within the weights
+        within = {name for name, _ in base.named_parameters() if lost or not isinstance(changes.get(name), LowRank)}
+        beside = {name: float(one.detach().abs().max()) for name, one in base.named_parameters() if name in within}
+        report = CombineReport(**record, **compared(exact, changes, read, beside))
         write_text(partial / REPORT, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -155,9 +160,22 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, An
     return [(name, one[name], other[name]) for name in names if one[name] != other[name]]
 
 
-def _refuse_other_heads(heads: dict[str, Any], reread: Update) -> None:
+def _as_run(folder: Path) -> tuple[dict[str, Change], dict[str, Tensor]]:
+    """What an adapter adds, and its head, read as those of any run."""
+    found = update_of(load_run(folder))
+    return found.changes, found.heads
+
+
+def _reread(folder: Path, base: nn.Module, like: Origin) -> tuple[dict[str, Change], dict[str, Tensor]]:
+    """The same of a plain model, by its difference from the weights that were changed, as training saw them."""
+    before, _ = parameters_of(base, like.trained_heads)
+    after, heads = parameters_of(load_run(folder).model, like.trained_heads)
+    return dict(differences(before, after, str(folder))), heads
+
+
+def _refuse_other_heads(heads: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     import torch
 
-    for name in heads.keys() | reread.heads.keys():
-        if name not in heads or name not in reread.heads or not torch.equal(heads[name], reread.heads[name]):
+    for name in heads.keys() | read.keys():
+        if name not in heads or name not in read or not torch.equal(heads[name], read[name]):
             raise ArtifactError(f"'{name}' of the head was read back with other values; nothing was written")

@@ -71,7 +71,6 @@ def extract(base: str, tuned: str, target: Path, rank: int, leave_out: bool = Fa
     changes = differences(before, after, tuned)
     if not changes:
         raise UsageError(f"{base} and {tuned} have the same weights; there is nothing to extract")
-    largest = {name: float(one.abs().max()) for name, one in before.items()}
     products, modules, lost = _sorted_out(changes, backbone.model)
     if lost and not leave_out:
         raise UsageError(
@@ -79,6 +78,7 @@ def extract(base: str, tuned: str, target: Path, rank: int, leave_out: bool = Fa
             f"({_why(lost[0], backbone.model)}); --leave-out goes on without it, and ships another model than {tuned}"
         )
     meant = of_rank(products, rank, backbone.model)
+    beside = {name: float(one.abs().max()) for name, one in before.items() if not isinstance(meant.get(name), LowRank)}
     whole = {name: after[name] for name in before if inside(name, modules)}
     written = meant | {name: changes[name] for name in whole if name in changes}
     holding = dataclasses.replace(backbone, head_modules=(*backbone.head_modules, *modules))
@@ -93,7 +93,7 @@ def extract(base: str, tuned: str, target: Path, rank: int, leave_out: bool = Fa
             adapted=sum(isinstance(one, LowRank) for one in meant.values()),
             kept=holding.head_modules,
             left_out=tuple(lost),
-            **compared(changes, written, found, largest),
+            **compared(changes, written, found, beside),
         )
         write_text(partial / REPORT, json.dumps(asdict(report), indent=2) + "\n")
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftkit.artifacts.low_rank import Change, LowRank, dense, length, scale_of
+from peftkit.artifacts.low_rank import Change, dense, length, scale_of
 from peftkit.errors import ArtifactError
 
 TOLERANCE = 1e-6
@@ -13,7 +13,7 @@ it is summed from: float32 holds them to 6e-8."""
 
 
 def compared(
-    exact: dict[str, Change], written: dict[str, Change], found: dict[str, Change], largest: dict[str, float]
+    exact: dict[str, Change], written: dict[str, Change], found: dict[str, Change], beside: dict[str, float]
 ) -> dict[str, Any]:
     """Errors of what was read back: `truncation`, `truncated` and `rounding`, as a `CombineReport` has them.
 
@@ -21,7 +21,7 @@ def compared(
         exact: what was wanted.
         written: the same after re-compression.
         found: what the files add.
-        largest: the largest number in each parameter of the backbone, beside which its change was rounded.
+        beside: the largest number of each parameter of the backbone that its change was added to before it was stored.
 
     Raises:
         ArtifactError: the files add something else than was written.
@@ -33,8 +33,7 @@ def compared(
         wanted = dense(exact[name]) if name in exact else torch.zeros(())
         meant = dense(written[name]) if name in written else torch.zeros(())
         read = dense(found[name]) if name in found else torch.zeros(())
-        by_products = isinstance(written.get(name), LowRank)
-        scale = scale_of(written[name]) if by_products else largest[name] + float(meant.abs().max())
+        scale = beside.get(name, 0.0) + (scale_of(written[name]) if name in written else 0.0)
         rounding = max(rounding, float((read - meant).abs().max()) / (scale or 1.0))
         off, size = length(read - wanted), length(wanted)
         truncated[name] = off / (size or 1.0)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+PLAIN_LAYERS = ("Linear", "Embedding", "Linear4bit", "Linear8bitLt")
+"""Names of peft's classes whose update is scale · B A; the last two stand on bitsandbytes' layers."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """The run that an update is of, without its weights."""
@@ -145,10 +149,10 @@ def _lora_layers(model: Any) -> dict[str, Any]:
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if str(getattr(getattr(config, "peft_type", None), "value", "")) != "LORA":
         return {}
-    from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
+    from peft.tuners.lora.layer import LoraLayer
 
     found = {name: part for name, part in model.get_base_model().named_modules() if isinstance(part, LoraLayer)}
-    plain = all(type(part) in (Embedding, Linear) and not part.lora_variant for part in found.values())
+    plain = all(type(part).__name__ in PLAIN_LAYERS and not part.lora_variant for part in found.values())
     return found if plain else {}
 
 
