@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peftkit.artifact_verbs import add_combine_options, add_diff_options, add_export_options, add_extract_options
 from peftkit.artifacts.merge_command import add_merge_options
 from peftkit.console import Parser
 from peftkit.launch_options import add_launch_options
@@ -64,6 +65,13 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
 
     one = verb("merge", "Write a run as one plain transformers model, read it back and compare.")
     add_merge_options(one, _positive)
+
+    add_combine_options(verb("combine", "Add up what several runs do to one backbone: ΔW by weights, TIES, DARE."))
+    add_diff_options(verb("diff", "What two runs of one backbone do otherwise: ΔW by module, heads, settings."))
+    add_extract_options(verb("extract", "The adapter that is nearest to what a full fine-tuning did to a model."))
+    add_export_options(
+        verb("export", "A run or merged model as ONNX or GGUF, or its adapter for vLLM, compared there.")
+    )
 
     one = verb("params", "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

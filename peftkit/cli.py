@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from peftkit import artifact_verbs
 from peftkit.arguments import parsers
 from peftkit.console import Parser, guard, say
 from peftkit.errors import ConfigError, UsageError
@@ -88,6 +89,22 @@ def merge(options: argparse.Namespace) -> None:
     from peftkit.typed import typed_rows
 
     say(answer(options, lambda task, file: typed_rows(task, [], None, file)))
+
+
+def combine(options: argparse.Namespace) -> None:
+    say(artifact_verbs.combine(options))
+
+
+def diff(options: argparse.Namespace) -> None:
+    say(artifact_verbs.diff(options))
+
+
+def extract(options: argparse.Namespace) -> None:
+    say(artifact_verbs.extract(options))
+
+
+def export(options: argparse.Namespace) -> None:
+    say(artifact_verbs.export(options))
 
 
 def params(options: argparse.Namespace) -> None:
@@ -193,7 +210,23 @@ def _run(arguments: list[str]) -> None:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
-    commands = (train, launch, audit, validate, evaluate, predict, merge, params, plan, fetch, schema)
+    commands = (
+        train,
+        launch,
+        audit,
+        validate,
+        evaluate,
+        predict,
+        merge,
+        combine,
+        diff,
+        extract,
+        export,
+        params,
+        plan,
+        fetch,
+        schema,
+    )
     named = {command.__name__: command for command in commands}
     return parsers(named | {"ls": list_recipes, "cp": copy_config, "env": environment})
 

@@ -32,6 +32,11 @@ def typed_rows(task: Any, texts: Sequence[str], pairs: Sequence[str] | None, fil
     return _rows(task, lines, None)
 
 
+def lines_of(file: Path) -> list[str]:
+    """One text a line of a file. Raises as `typed_rows` does."""
+    return _lines(_read(file))
+
+
 def _rows(task: Any, texts: Sequence[str], pairs: Sequence[str] | None) -> Rows:
     rows: Rows = task.rows_from_text(texts, pairs)
     return rows

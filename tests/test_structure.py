@@ -19,6 +19,7 @@ LAYERS = (
         "peftkit",
         "peftkit.cli",
         "peftkit.arguments",
+        "peftkit.artifact_verbs",
         "peftkit.launch",
         "peftkit.job",
         "peftkit.launch_options",

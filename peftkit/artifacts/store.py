@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from peftkit.prepare import Prepared
 
-__all__ = ["SavedRun", "load_run", "read_manifest", "save", "saved_parameters"]
+__all__ = ["SavedRun", "file_hashes", "load_run", "read_manifest", "save", "saved_parameters"]
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
@@ -66,7 +66,7 @@ def save(
         manifest = _manifest(run, data, backbone, record, evaluations)
         manifest["started_from"] = getattr(model, "started_from", None)
         manifest["saved_parameters"] = saved_parameters(folder / run.method.artifact)
-        manifest["files"] = _hashes(folder, folder / run.method.artifact)
+        manifest["files"] = file_hashes(folder, folder / run.method.artifact)
         _write_json(folder / MANIFEST, manifest | {"sha256": manifest_sha256(manifest)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         release(run, accelerator)
@@ -120,7 +120,7 @@ def _is_folder(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
-def _hashes(folder: Path, artifact: Path) -> dict[str, str]:
+def file_hashes(folder: Path, artifact: Path) -> dict[str, str]:
     """The hash of everything that decides what the saved model computes."""
     files = [folder / RUN_FILE, *sorted(file for file in artifact.rglob("*") if file.is_file())]
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}

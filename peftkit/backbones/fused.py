@@ -38,6 +38,16 @@ class SplitProjection(nn.Module):
         return torch.stack([part.unflatten(-1, (self.heads, -1)) for part in parts], dim=-2).flatten(-3)
 
     @property
+    def outputs(self) -> int:
+        """Of all roles together."""
+        return len(self._order)
+
+    def rows_of(self, role: str) -> Tensor:
+        """Which outputs of the fused projection are a role's."""
+        widths = [self._of(one, "out_features") for one in self.roles]
+        return self._order.argsort().split(widths)[self.roles.index(role)]
+
+    @property
     def weight(self) -> Tensor:
         """The fused matrix, (outputs, inputs); DeBERTa reads it."""
         return torch.cat([self._of(role, "weight") for role in self.roles])[self._order]

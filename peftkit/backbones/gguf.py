@@ -18,9 +18,9 @@ def convert(gguf: Path, folder: Path) -> None:
     try:
         # transformers draws its conversion bar with tqdm itself, which only a redirected stderr silences
         with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
-            model = _load_model(gguf)
+            model = load_gguf_model(gguf)
             _without_quantisation(model).save_pretrained(folder)
-            _load_tokenizer(gguf, model.config.max_position_embeddings).save_pretrained(folder)
+            load_gguf_tokenizer(gguf, model.config.max_position_embeddings).save_pretrained(folder)
         # safetensors writes for the owner alone; a cache may be shared.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     except (ImportError, RuntimeError, SafetensorError, ValueError) as error:
@@ -30,7 +30,7 @@ def convert(gguf: Path, folder: Path) -> None:
         ) from error
 
 
-def _load_model(gguf: Path) -> Any:
+def load_gguf_model(gguf: Path) -> Any:
     """The dense float32 model; refused when the file lacks a weight, which would be left random."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -59,7 +59,7 @@ def _without_quantisation(model: Any) -> Any:
     return plain
 
 
-def _load_tokenizer(gguf: Path, longest: int) -> Any:
+def load_gguf_tokenizer(gguf: Path, longest: int) -> Any:
     """The tokenizer with the chat template; GGUF does not state its longest input, the model does."""
     from transformers import AutoTokenizer
 

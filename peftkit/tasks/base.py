@@ -148,10 +148,8 @@ class Task(Section, ABC):
         return example
 
     def order(self, encoded: Encoded) -> list[int]:
-        """Examples in the order in which an evaluation cuts them into batches: those of similar length together.
-
-        The longest come first: memory that the first batch took serves the others, and what does not fit shows at once.
-        """
+        """Examples in the order in which an evaluation cuts them into batches: those of similar length together, the
+        longest first, because memory that the first batch took serves the others."""
         return sorted(range(len(encoded)), key=lambda index: -encoded.lengths[index])
 
     def scoring_note(self, encoded: Encoded) -> str:
