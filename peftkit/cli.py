@@ -109,6 +109,25 @@ def merge(options: argparse.Namespace) -> None:
         say("pooling is `markers`: average its token logits at the two opening markers")
 
 
+def bundle(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.bundle import bundle as bundle_run
+    from peftkit.data.files import read_file
+
+    probe = read_file(options.data) if options.data else None
+    result = bundle_run(options.run, options.target, probe, options.probe_rows)
+    say(
+        f"{result.numbers:,} logits of {result.rows:,} rows compared in a process of its own; largest difference "
+        f"{result.largest_difference:.2g}"
+    )
+    say(f"wrote {options.target} ({result.bytes / 2**20:,.1f} MiB): peftkit.load_predictor('{options.target}')")
+
+
+def serve(options: argparse.Namespace) -> None:
+    from peftkit.serving.command import serve as serve_runs
+
+    serve_runs(options)
+
+
 def params(options: argparse.Namespace) -> None:
     from peftkit.planning.chart import check_chart, draw
     from peftkit.planning.survey import survey
@@ -212,7 +231,7 @@ def _run(arguments: list[str]) -> None:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
-    commands = (train, launch, audit, validate, evaluate, predict, merge, params, plan, fetch, schema)
+    commands = (train, launch, audit, validate, evaluate, predict, merge, bundle, serve, params, plan, fetch, schema)
     named = {command.__name__: command for command in commands}
     return parsers(named | {"ls": list_recipes, "cp": copy_config, "env": environment})
 

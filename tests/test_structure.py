@@ -27,6 +27,7 @@ LAYERS = (
         "peftkit.api",
         "peftkit.typed",
     ),
+    ("peftkit.serving",),
     ("peftkit.artifacts", "peftkit.bench"),
     (
         "peftkit.training",
