@@ -18,7 +18,10 @@ def _encodable(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S"), AfterValidator(_encodable)]
-Row = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(_encodable)]
+Scalar = str | int | float | bool | None
+Value = Scalar | list[Scalar | dict[str, Scalar]] | dict[str, Scalar | list[Scalar]]
+"""What a column may hold: a text, a list of words, a list of messages."""
+Row = Annotated[dict[str, Value], Field(min_length=1), AfterValidator(_encodable)]
 
 
 class Message(BaseModel):

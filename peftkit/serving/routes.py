@@ -65,7 +65,7 @@ def build(
     _add_errors(app)
     _add_state(app, service)
     _add_asking(app, service)
-    _describe_keys(app)
+    _complete(app, [one.name for one in registry])
     gate = Gate(app, limits, access, metrics, lambda name: registry.get(name) is not None, log_texts)
     return gate, service
 
@@ -244,9 +244,14 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"error": "; ".join(told)}, 422)
 
 
-def _describe_keys(app: FastAPI) -> None:
-    """Let the OpenAPI document say where keys go."""
+def _complete(app: FastAPI, names: list[str]) -> None:
+    """Let the OpenAPI document say where keys go, and which adapters there are; that does not change."""
     document = app.openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "name":
+                    parameter["schema"]["enum"] = names
     document["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
