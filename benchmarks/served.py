@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "alice bob carol went to paris london berlin rome the a film story music was is and very good great fine happy bad "
-    "awful poor sad dark ship oil price share bank trade crude profit loss quarter"
-).split()
-PEOPLE, CITIES = WORDS[:3], WORDS[5:9]
-GOOD, BAD = WORDS[17:21], WORDS[21:25]
+PEOPLE = ["alice", "bob", "carol"]
+CITIES = ["paris", "london", "berlin", "rome"]
+GOOD = ["good", "great", "fine", "happy"]
+BAD = ["bad", "awful", "poor", "sad", "dark"]
+FILLERS = ["the", "a", "film", "story", "music", "was", "is", "and", "very", "went", "to"]
+TRADE = ["ship", "oil", "price", "share", "bank", "trade", "crude", "profit", "loss", "quarter"]
+WORDS = [*PEOPLE, *CITIES, *GOOD, *BAD, *FILLERS, *TRADE]
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sentiment": ("text", {"kind": "lora", "rank": 8}),
     "sentiment_small": ("text", {"kind": "lora", "rank": 2, "targets": "query_value"}),
@@ -52,7 +53,10 @@ def make_runs(folder: Path, backbone: str, steps: int) -> dict[str, Path]:
         config = folder / f"{name}.yaml"
         config.write_text(json.dumps(tree), encoding="utf-8")
         subprocess.run(
-            [sys.executable, "-m", "peftkit.cli", "train", str(config)], check=True, stdout=subprocess.DEVNULL, timeout=600
+            [sys.executable, "-m", "peftkit.cli", "train", str(config)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=600,
         )
     return found
 
@@ -110,17 +114,17 @@ def _task(folder: Path, rows: str) -> dict[str, Any]:
 
 def _labelled(chance: random.Random) -> dict[str, Any]:
     label = chance.choice(("negative", "positive"))
-    words = [*chance.choices(WORDS[9:17], k=chance.randint(3, 9)), chance.choice(GOOD if label == "positive" else BAD)]
+    words = [*chance.choices(FILLERS, k=chance.randint(3, 9)), chance.choice(GOOD if label == "positive" else BAD)]
     return {"text": " ".join(chance.sample(words, len(words))), "label": label}
 
 
 def _tagged(chance: random.Random) -> dict[str, Any]:
-    words = [chance.choice(PEOPLE), "went", "to", chance.choice(CITIES), *chance.choices(WORDS[9:17], k=3)]
+    words = [chance.choice(PEOPLE), "went", "to", chance.choice(CITIES), *chance.choices(FILLERS, k=3)]
     return {"tokens": words, "tags": ["B-PER", "O", "O", "B-LOC", "O", "O", "O"]}
 
 
 def _answered(chance: random.Random) -> dict[str, Any]:
-    who, where, rest = chance.choice(PEOPLE), chance.choice(CITIES), " ".join(chance.choices(WORDS[9:17], k=4))
+    who, where, rest = chance.choice(PEOPLE), chance.choice(CITIES), " ".join(chance.choices(FILLERS, k=4))
     context = f"{rest} {who} went to {where}"
     return {
         "question": f"where is {who}",

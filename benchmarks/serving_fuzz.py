@@ -76,7 +76,13 @@ def fuzz(address: str, folder: Path, examples: int, seed: int) -> dict[str, obje
     command += ["--header", f"Authorization: Bearer {KEY.replace(' ', '-')}", "--checks", "all", "--seed", str(seed)]
     command += ["--max-examples", str(examples), "--workers", "2", "--request-timeout", "60"]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, timeout=1500, env=os.environ | {"NO_COLOR": "1"}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=1500,
+        env=os.environ | {"NO_COLOR": "1"},
+        check=False,
     )
     text = done.stdout
     cases = re.search(r"([\d,]+) generated", text)

@@ -10,9 +10,9 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from peftkit.console import Interrupted, say
+from peftkit.console import say
 from peftkit.errors import UsageError
-from peftkit.serving.options import access_of, limits_of, named_folders
+from peftkit.serving.options import Access, access_of, limits_of, named_folders
 
 if TYPE_CHECKING:
     from peftkit.serving.registry import Registry
@@ -28,45 +28,50 @@ def serve(options: argparse.Namespace) -> None:
         PeftkitError: a run that cannot be loaded.
     """
     require_packages()
-    folders, access, limits = named_folders(options.runs), access_of(options), limits_of(options)
-    listening = _bound(options.host, options.port)
-    from peftkit.processes import require_one_process
-    from peftkit.serving.computing import device_named
-    from peftkit.serving.registry import Registry
-    from peftkit.serving.resident import Resident
+    folders, access = named_folders(options.runs), access_of(options)
+    with _bound(options.host, options.port) as listening:
+        from peftkit.processes import require_one_process
+        from peftkit.serving.computing import device_named
+        from peftkit.serving.registry import Registry
+        from peftkit.serving.resident import Resident
 
-    require_one_process("a service")
-    say(f"loading {len(folders)} adapter{'s' if len(folders) > 1 else ''}")
-    registry = Registry(Resident(folders, device_named(options.device)), folders)
-    registry.load()
-    _show(registry)
+        require_one_process("a service")
+        say(f"loading {len(folders)} adapter{'s' if len(folders) > 1 else ''}")
+        registry = Registry(Resident(folders, device_named(options.device)), folders)
+        registry.load()
+        _show(registry)
+        _listen(listening, registry, access, options)
+    say("stopped")
+
+
+def _listen(listening: socket.socket, registry: Registry, access: Access, options: argparse.Namespace) -> None:
     import uvicorn
 
     from peftkit.serving.routes import build
 
-    app, _ = build(registry, limits, access, options.stop_timeout, options.log_texts)
+    app, _ = build(registry, limits_of(options), access, options.stop_timeout, options.log_texts)
     _start_log()
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="on",
-        ws="none",
-        http="h11",
-        timeout_graceful_shutdown=max(1, round(options.stop_timeout)),
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="on",
+            ws="none",
+            http="h11",
+            timeout_graceful_shutdown=max(1, round(options.stop_timeout)),
+        )
     )
-    server = uvicorn.Server(config)
     address = f"[{options.host}]" if ":" in options.host else options.host
     who = "API keys" if access.keys else "no keys: this machine only"
     say(f"http://{address}:{listening.getsockname()[1]}  ({who})")
     try:
         server.run(sockets=[listening])
-    except KeyboardInterrupt as interrupt:  # uvicorn stops gracefully and raises the signal again
+    except KeyboardInterrupt:  # uvicorn has stopped gracefully, and raises the signal again
         if not server.started:
-            raise interrupt if isinstance(interrupt, Interrupted) else KeyboardInterrupt from None
-    say("stopped")
+            raise
 
 
 def require_packages() -> None:

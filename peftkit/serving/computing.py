@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.inference import in_precision, refuse_nan
 from peftkit.data.collate import collate
+from peftkit.errors import UsageError
 from peftkit.serving.batching import Unit
 from peftkit.serving.mixing import READING, Share
 from peftkit.serving.resident import Adapter, Resident
@@ -101,8 +102,15 @@ def _pad_id(units: Sequence[Unit]) -> int:
 
 
 def device_named(name: str) -> torch.device:
-    """The device that `--device` asks for."""
+    """The device that `--device` asks for.
+
+    Raises:
+        UsageError: a GPU where torch sees none.
+    """
     import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here (`peftkit env`); leave it out, or give --device cpu")
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,6 +22,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/health", "/ready")
 """Routes that need no key and count for nothing, so that whoever watches the service can."""
+FAILED = "the service failed; its log says where"
 REFUSED = {400: "host", 401: "key", 408: "time", 413: "body", 429: "concurrency"}
 
 log = logging.getLogger("peftkit.serving")
@@ -48,6 +49,7 @@ class Gate:
         self.has, self.log_texts = has, texts
         self.keys = [hashlib.sha256(key.encode()).digest() for key in access.keys]
         self.in_flight = 0
+        metrics.in_flight.set_function(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,9 +73,8 @@ class Gate:
             await _answer(noted, refused.status, str(refused), refused.headers)
         except Exception as error:
             self._log_failure(error)
-            if status:  # the answer has begun, and cannot become another
-                raise
-            await _answer(noted, 500, "the service failed; its log says where", {})
+            if not status:  # an answer that has begun cannot become another
+                await _answer(noted, 500, FAILED, {})
         finally:
             self.in_flight -= not is_open
             self._note(scope, status, time.perf_counter() - started)
@@ -145,7 +146,6 @@ class Gate:
         if route in OPEN:
             return
         self.metrics.seconds.labels(route).observe(seconds)
-        self.metrics.in_flight.set(self.in_flight)
         line = {"method": scope["method"], "route": route, "adapter": adapter, "status": status}
         log.info("%s", json.dumps(line | {"milliseconds": round(1000 * seconds, 1)}))
 

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from peftkit.errors import PeftkitError
 from peftkit.serving.asking import Asked, asked, asked_to_write, writes
-from peftkit.serving.gate import OPEN, Gate
+from peftkit.serving.gate import FAILED, OPEN, Gate
 from peftkit.serving.messages import AdapterInfo, Adapters, Answer, Failure, Question, Reloaded, State, WritingQuestion
 from peftkit.serving.metrics import Metrics
 from peftkit.serving.options import Access, Limits
@@ -233,6 +233,10 @@ def _add_errors(app: FastAPI) -> None:
     async def failed(request: Request, error: PeftkitError) -> Response:
         log.error("failed with %s", type(error).__name__)
         return JSONResponse({"error": str(error)}, 500)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:  # logged by the gate
+        return JSONResponse({"error": FAILED}, 500)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
