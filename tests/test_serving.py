@@ -179,7 +179,10 @@ def test_logits_of_a_mixed_batch_are_those_of_each_adapter_alone(
         saved = adapter_of(readers, name).saved
         task: Any = saved.run.task
         batch = collate(examples, 0)
-        with torch.no_grad(), readers.resident.mixer.in_place(saved, found, shares[name], batch["input_ids"].shape[1]):
+        with (
+            torch.no_grad(),
+            readers.resident.mixer.in_place(saved.model, found, shares[name], batch["input_ids"].shape[1]),
+        ):
             answers[name] = task.logits(saved.model, batch)
         own = load_run(small_run(name)).model  # with a backbone of its own
         for row, example in enumerate(examples):

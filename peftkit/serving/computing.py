@@ -67,7 +67,7 @@ class Computer:
         found = mixer.read(shares, [unit.example for unit in ordered], _pad_id(ordered))
         for share, (adapter, units) in zip(shares, groups.items(), strict=True):
             width = max(unit.length for unit in units)
-            with mixer.in_place(adapter.saved, found, share, width):
+            with mixer.in_place(adapter.saved.model, found, share, width):
                 self._hand_out(adapter, units, adapter.saved.model)
 
     def _write(self, ordered: list[Unit], groups: dict[Adapter, list[Unit]]) -> None:

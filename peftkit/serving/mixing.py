@@ -4,9 +4,9 @@ Rows of one adapter stand together. At every linear layer, W x is computed for a
 scale · B A x to its rows, as peft does for an adapter alone. Two ways lead from there to predictions, and both go
 through the code of the tasks:
 
-- *reading* (classes, tags, answers): the blocks of the backbone run once, over everybody's rows. Then each adapter's
-  own model is asked, in whose blocks what was computed for its rows is put in place of computing it again; what stands
-  behind the blocks, pooler and head, is its own.
+- *reading* (classes, tags, answers): the blocks of the backbone run once, over everybody's rows, and where the
+  architecture allows over their real tokens only. Then each adapter's own model is asked, in whose blocks what was
+  computed for its rows is put in place of computing it again; what stands behind the blocks, pooler and head, is its own.
 - *writing*: the resident model generates for all rows at once. Language models have no heads of their own.
 
 What an adapter changes elsewhere (embeddings, norms, keys, values, hidden states) keeps it out: its texts go alone.
@@ -19,12 +19,14 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from peftkit.artifacts.inference import in_precision
 from peftkit.artifacts.loading import PROBE, SavedRun
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.modules import base_model, linears
 from peftkit.data.collate import collate
+from peftkit.engine.padding_free import UNPADDED, without_padding
 from peftkit.methods.base import inside
 from peftkit.methods.peft_files import ADAPTER
 from peftkit.tasks.base import Batch, Example
@@ -61,6 +63,11 @@ class Mixer:
         """Passes through the blocks so far: one a mixed batch, and one a token where text is written."""
         self._blocks = block_modules(self.body, layout_for(model.config.model_type, model))
         self._found: Any = None
+        self._tokens: list[Tensor] = []
+        self._known: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+        self._unpadded = contextlib.ExitStack()
+        if model.get_output_embeddings() is None:  # where text is written, rows are padded on the left
+            self._unpadded.enter_context(without_padding(model))
         prefix = "" if self.body is model else f"{model.base_model_prefix}."
         self._in_blocks = tuple(f"{prefix}{name}." for name in self._blocks)
         self._prefix = prefix
@@ -94,7 +101,7 @@ class Mixer:
         try:
             yield
         finally:
-            self._shares, self._rows, self._found = (), 0, None
+            self._shares, self._rows, self._found, self._tokens = (), 0, None, []
 
     def read(self, shares: Sequence[Share], examples: Sequence[Example], pad_id: int) -> Any:
         """Run the blocks once over the examples of all shares; returns what the last block computed."""
@@ -106,11 +113,9 @@ class Mixer:
             return self._found
 
     @contextlib.contextmanager
-    def in_place(self, saved: SavedRun, found: Any, share: Share, width: int) -> Iterator[None]:
+    def in_place(self, model: nn.Module, found: Any, share: Share, width: int) -> Iterator[None]:
         """Within it, the blocks of an adapter's own model give what was found for its rows, cut to `width` tokens."""
-        plain = _plain(saved.model)
-        body = base_model(plain)
-        blocks = block_modules(body, layout_for(plain.config.model_type, plain)).values()
+        blocks = self._blocks_in(model)
         own = _cut(found, share, width)
         for block in blocks:
             block.forward = lambda *given, **named: own
@@ -120,17 +125,44 @@ class Mixer:
             for block in blocks:
                 del block.forward
 
+    def _blocks_in(self, model: nn.Module) -> list[nn.Module]:
+        if model not in self._known:
+            body: Any = base_model(_plain(model))
+            self._known[model] = list(block_modules(body, layout_for(body.config.model_type, body)).values())
+        return self._known[model]
+
     def add(self, name: str, given: Tensor, output: Any) -> Any:
         """Add to a layer's output, row by row, what the adapters have for that layer."""
-        factor = given.shape[0] // self._rows  # beams are rows of their own, behind one another
-        for share in self._shares:
+        row = self._row
+        places: Sequence[Any] = self._tokens_of(row) if row else self._rows_of(given)
+        source, target = (given[0], output[0]) if row else (given, output)
+        for share, own in zip(self._shares, places, strict=True):
             if (layer := share.layers.get(name)) is None:
                 continue
-            rows = slice(share.first * factor, share.end * factor)
             first, second, scale = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
-            added = second(first(given[rows].to(first.weight.dtype))) * scale
-            output[rows] = (output[rows] + added).to(output.dtype)
+            added = second(first(source[own].to(first.weight.dtype))) * scale
+            if row and added.dtype == target.dtype:
+                target.index_add_(0, own, added)
+            else:
+                target[own] = (target[own] + added).to(target.dtype)
         return output
+
+    @property
+    def _row(self) -> Any:
+        """How the real tokens of the batch stand in one row; None where the batch is computed as it is."""
+        return getattr(getattr(self.body, UNPADDED, None), "current", None)
+
+    def _rows_of(self, given: Tensor) -> list[slice]:
+        factor = given.shape[0] // self._rows  # beams are rows of their own, behind one another
+        return [slice(share.first * factor, share.end * factor) for share in self._shares]
+
+    def _tokens_of(self, row: Any) -> list[Tensor]:
+        """Where each share's tokens stand in the row; the same in all layers."""
+        if not self._tokens:
+            owner = row.places // row.shape[1]
+            spans = ((owner >= share.first) & (owner < share.end) for share in self._shares)
+            self._tokens = [span.nonzero().squeeze(1) for span in spans]
+        return self._tokens
 
     @property
     def is_shared(self) -> bool:
@@ -139,7 +171,7 @@ class Mixer:
 
     def _keep(self, module: nn.Module, given: Any, output: Any) -> None:
         if self._shares:
-            self._found = output
+            self._found = output if self._row is None else _batched(output, self._row)
 
     def _count(self, module: nn.Module, given: Any, output: Any) -> None:
         self.forwards += 1
@@ -191,8 +223,11 @@ class Mixer:
                     mixed = self.model(**batch)[0]
             else:
                 found = self.read([share], examples, int(saved.tokenizer.pad_token_id or 0))
-                with self.in_place(saved, found, share, batch["input_ids"].shape[1]):
+                with self.in_place(saved.model, found, share, batch["input_ids"].shape[1]):
                     mixed = saved.model(**batch)[0]
+        if alone.shape[:2] == batch["attention_mask"].shape:
+            real = batch["attention_mask"].bool()
+            alone, mixed = alone[real], mixed[real]
         difference = float((alone.float() - mixed.float()).abs().max()) / max(1.0, float(alone.abs().max()))
         computed = "bfloat16" if saved.run.training.precision == "bf16" else saved.run.backbone.dtype
         return difference <= AGREEMENT[computed]
@@ -206,6 +241,11 @@ class _Adding:
 
     def __call__(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
         return self.mixer.add(self.name, given[0], output) if self.mixer.is_shared and given else None
+
+
+def _batched(found: Any, row: Any) -> Any:
+    """What a block returned of a row, as a padded batch."""
+    return tuple(_batched(one, row) for one in found) if isinstance(found, tuple) else row.batch(found)
 
 
 def _plain(model: Any) -> Any:
