@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -201,7 +202,7 @@ def main() -> None:
     beside = min(60.0, options.seconds / 4)
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "environment": describe() | {"threads_set": environment_threads()},
+        "environment": describe() | {"threads_set": environment_threads(), "load_average_before": os.getloadavg()},
         "backbone": options.backbone,
         "clients": options.clients,
         "seconds": options.seconds,

@@ -6,7 +6,8 @@ through the code of the tasks:
 
 - *reading* (classes, tags, answers): the blocks of the backbone run once, over everybody's rows, and where the
   architecture allows over their real tokens only. Then each adapter's own model is asked, in whose blocks what was
-  computed for its rows is put in place of computing it again; what stands behind the blocks, pooler and head, is its own.
+  computed for its rows is put in place of computing it again; what stands behind the blocks, pooler and head, is its
+  own.
 - *writing*: the resident model generates for all rows at once. Language models have no heads of their own.
 
 What an adapter changes elsewhere (embeddings, norms, keys, values, hidden states) keeps it out: its texts go alone.

@@ -155,7 +155,8 @@ def _add_asking(app: FastAPI, service: Service) -> None:
         except PeftkitError as error:
             raise service.problem(error) from error
         service.submit(found)
-        return StreamingResponse(_events(found, heard, request, service), media_type="text/event-stream")
+        at_once = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies are not to collect it
+        return StreamingResponse(_events(found, heard, request, service), 200, at_once, "text/event-stream")
 
     def _asked(adapter: Adapter, question: Question, limits: Limits) -> Asked:
         try:

@@ -24,6 +24,9 @@ from peftkit.serving.registry import Registry
 from peftkit.serving.resident import Adapter
 from peftkit.tasks.base import Prediction
 
+LEFT = 499
+"""The status that is noted where nobody is left to read one, as nginx does."""
+
 log = logging.getLogger("peftkit.serving")
 
 
@@ -64,6 +67,8 @@ class Service:
             if not answer.done():
                 answer.cancel()
                 self.metrics.abandoned.inc()
+        if gone.done() and not gone.cancelled():
+            raise Problem(LEFT, "the client left")
         if answer.cancelled():
             raise Problem(504, f"no answer within {self.limits.seconds:g} s")
         return answer.result()
