@@ -542,7 +542,13 @@ def events_of(answer: Any) -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(
     ("text", "stops", "sure"),
-    [("good mor", ("\n",), "good mor"), ("yes EN", ("END",), "yes "), ("caf�", (), "caf"), ("a\n", ("\n\n",), "a")],
+    [
+        ("good mor", ("\n",), "good mor"),
+        ("yes EN", ("END",), "yes "),
+        ("xaba", ("b", "abab"), "x"),
+        ("caf�", (), "caf"),
+        ("a\n", ("\n\n",), "a"),
+    ],
 )
 def test_what_may_change_is_held_back(text: str, stops: tuple[str, ...], sure: str) -> None:
     assert _sure(text, stops) == sure

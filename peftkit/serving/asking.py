@@ -138,9 +138,6 @@ def _check_room(saved: SavedRun, task: Any, longest: int) -> None:
 
 
 def _sure(text: str, stops: Sequence[str]) -> str:
-    end = len(text.rstrip("�"))
-    for stop in stops:
-        for size in range(1, min(len(stop), end + 1)):
-            if text[:end].endswith(stop[:size]):
-                return text[: end - size]
-    return text[:end]
+    whole = text.rstrip("�")
+    begun = (size for stop in stops for size in range(1, len(stop)) if whole.endswith(stop[:size]))
+    return whole[: len(whole) - max(begun, default=0)]
