@@ -127,8 +127,8 @@ def _said(prediction: dict[str, Any]) -> Any:
     return [prediction.get("label"), prediction.get("answer"), entities]
 
 
-def _cases(runs: dict[str, Path], address: str) -> list[tuple[str, bytes, Any]]:
-    """(adapter, request, expected answer), computed by each run alone."""
+def _cases(runs: dict[str, Path]) -> list[tuple[str, dict[str, Any], Any]]:
+    """(adapter, question, expected answer), computed by each run alone."""
     cases = []
     for seed, (name, folder) in enumerate(runs.items()):
         texts = sentences(TEXTS, seed)
@@ -136,7 +136,7 @@ def _cases(runs: dict[str, Path], address: str) -> list[tuple[str, bytes, Any]]:
         bodies = [question(name, [text]) for text in texts]
         pairs = [body["pairs"][0] for body in bodies] if name == "answers" else None
         for body, prediction in zip(bodies, predictor(texts, pairs), strict=True):
-            cases.append((name, _request(name, body, address), _said(prediction)))
+            cases.append((name, body, _said(prediction)))
     return cases
 
 
@@ -210,9 +210,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = options.folder or Path(work)
         runs = make_runs(folder, options.backbone, steps=2)
+        cases = _cases(runs)
         for title, clients, seconds in (("mixed", options.clients, options.seconds), ("one_at_a_time", 1, beside)):
             with served(runs, folder / "serve.log") as (address, pid):
-                asked = asyncio.run(load(address, pid, _cases(runs, address), clients, seconds))
+                requests = [(name, _request(name, body, address), said) for name, body, said in cases]
+                asked = asyncio.run(load(address, pid, requests, clients, seconds))
                 result[title] = asked.figures() | _batches(address)
             _save(result)
             shown = ("requests_a_second", "milliseconds", "errors")
