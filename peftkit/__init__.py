@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftkit.api import attach, split_fused, trainable_parameters
+    from peftkit.artifacts.bundle import bundle
+    from peftkit.artifacts.inference import load_predictor
     from peftkit.artifacts.merge import merge
     from peftkit.artifacts.predict import predict_rows
     from peftkit.artifacts.store import load_run
@@ -90,7 +92,9 @@ _HOMES = {
     "Training": ("peftkit.config", "TrainingSettings"),
     "VeRA": ("peftkit.methods", "VeRA"),
     "attach": ("peftkit.api", "attach"),
+    "bundle": ("peftkit.artifacts.bundle", "bundle"),
     "fetch": ("peftkit.backbones.bundled", "fetch"),
+    "load_predictor": ("peftkit.artifacts.inference", "load_predictor"),
     "load_run": ("peftkit.artifacts.store", "load_run"),
     "merge": ("peftkit.artifacts.merge", "merge"),
     "predict_rows": ("peftkit.artifacts.predict", "predict_rows"),
@@ -138,7 +142,9 @@ __all__ = [
     "Training",
     "VeRA",
     "attach",
+    "bundle",
     "fetch",
+    "load_predictor",
     "load_run",
     "merge",
     "predict_rows",

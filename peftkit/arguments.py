@@ -12,6 +12,7 @@ from peftkit.artifacts.merge_command import add_merge_options
 from peftkit.console import Parser
 from peftkit.launch_options import add_launch_options
 from peftkit.planning.command import add_plan_options
+from peftkit.serving.options import add_serve_options
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -72,6 +73,15 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     add_export_options(
         verb("export", "A run or merged model as ONNX or GGUF, or its adapter for vLLM, compared there.")
     )
+
+    one = verb("bundle", "Write a run and its backbone as one folder, load it in a fresh process and compare.")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument("target", type=Path, metavar="OUT")
+    one.add_argument("--data", type=Path, metavar="FILE", help="rows to compare on (default: the test split)")
+    one.add_argument("--probe-rows", type=_positive, default=32, metavar="N", help="compare on the first N (32)")
+
+    one = verb("serve", "Answer over HTTP: any number of runs or bundles over one backbone in memory.")
+    add_serve_options(one)
 
     one = verb("params", "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

@@ -107,6 +107,25 @@ def export(options: argparse.Namespace) -> None:
     say(artifact_verbs.export(options))
 
 
+def bundle(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.bundle import bundle as bundle_run
+    from peftkit.data.files import read_file
+
+    probe = read_file(options.data) if options.data else None
+    result = bundle_run(options.run, options.target, probe, options.probe_rows)
+    say(
+        f"{result.numbers:,} logits of {result.rows:,} rows compared in a process of its own; largest difference "
+        f"{result.largest_difference:.2g}"
+    )
+    say(f"wrote {options.target} ({result.bytes / 2**20:,.1f} MiB): peftkit.load_predictor('{options.target}')")
+
+
+def serve(options: argparse.Namespace) -> None:
+    from peftkit.serving.command import serve as serve_runs
+
+    serve_runs(options)
+
+
 def params(options: argparse.Namespace) -> None:
     from peftkit.planning.chart import check_chart, draw
     from peftkit.planning.survey import survey
@@ -218,6 +237,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         evaluate,
         predict,
         merge,
+        bundle,
+        serve,
         combine,
         diff,
         extract,

@@ -218,3 +218,12 @@ def real_weights(real_data: Path) -> Path:
     if not root.is_dir():
         pytest.skip("neither PEFTKIT_WEIGHTS nor `weights` beside PEFTKIT_DATA is a folder of small real models")
     return root
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama: Path) -> Callable[[str], Path]:
+    """The folder of a run of a few steps, by its name in `small_runs.RUNS`; trained when it is first asked for."""
+    from small_runs import trained
+
+    root = tmp_path_factory.mktemp("small_runs")
+    return lambda name: trained(root, name, tiny_bert, tiny_llama)

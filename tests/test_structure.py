@@ -28,6 +28,7 @@ LAYERS = (
         "peftkit.api",
         "peftkit.typed",
     ),
+    ("peftkit.serving",),
     ("peftkit.artifacts", "peftkit.bench"),
     (
         "peftkit.training",

@@ -22,12 +22,11 @@ from peftkit.backbones.load import (
 )
 from peftkit.backbones.modules import base_model
 from peftkit.backbones.quantize import dequantize
-from peftkit.backbones.runs import MERGED, ORIGIN, is_run, merged_model
+from peftkit.backbones.runs import MANIFEST, MERGED, ORIGIN, is_run, merged_model
 from peftkit.config import Run
 from peftkit.disk import file_sha256, require_writable, whole_folder, write_text
 from peftkit.errors import ArtifactError, NotMergeable
 from peftkit.quiet import quiet_libraries
-from peftkit.session import MANIFEST
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

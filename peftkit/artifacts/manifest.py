@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftkit.backbones.load import Head
-from peftkit.backbones.runs import MANIFEST, RUN_FILE
+from peftkit.backbones.runs import BUNDLED, MANIFEST, RUN_FILE
 from peftkit.backbones.task_model import MODEL_CLASSES
 from peftkit.config import Run
 from peftkit.config import load_run as load_config
@@ -88,11 +88,15 @@ def _check_shape(file: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_saved_config(folder: Path) -> Run:
-    """The resolved configuration of a run."""
+    """The resolved configuration of a run; that of a bundle names the backbone inside of it."""
     try:
-        return load_config(folder / RUN_FILE)
+        run = load_config(folder / RUN_FILE)
     except ConfigError as error:
         raise ArtifactError(f"{folder / RUN_FILE} does not fit this version of peftkit: {error}") from error
+    if not (folder / BUNDLED).is_dir():
+        return run
+    inside = {"name": str((folder / BUNDLED).absolute()), "revision": None}
+    return run.model_copy(update={"backbone": run.backbone.model_copy(update=inside)})
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ MANIFEST = "manifest.json"
 RUN_FILE = "run.yaml"
 MERGED = "merged"
 """The sub-folder of a run that holds its merged model, once a run was built on it."""
+BUNDLED = "backbone"
+"""The sub-folder of a bundle that holds the backbone of its run."""
 ORIGIN = "peftkit_run.json"
 """In that folder: which run it was made from."""
 

@@ -107,7 +107,7 @@ class Peft(FromPeft):
         except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
             raise NotMergeable(
                 f"peft does not merge type '{self.type}' here ({first_line(error)}); ship the run folder, which "
-                "`peftkit predict` and peft load"
+                "`peftkit predict` and peft load, or with its backbone as what `peftkit bundle RUN OUT` writes"
             ) from error
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:

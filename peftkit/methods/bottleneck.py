@@ -106,7 +106,7 @@ class Bottleneck(InModel):
         raise NotMergeable(
             f"method '{self.kind}' has no merged form: a nonlinearity stands between an adapter's two matrices, so no "
             "weight of the backbone can take them up; ship the run folder, which `peftkit predict` and "
-            "`peftkit.load_run` read"
+            "`peftkit.load_run` read, or with its backbone as what `peftkit bundle RUN OUT` writes"
         )
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:

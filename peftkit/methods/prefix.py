@@ -111,7 +111,7 @@ class Prefix(InModel):
     def merge(self, model: nn.Module) -> nn.Module:
         raise NotMergeable(
             "method 'prefix' adds keys and values inside attention, which no weights of the plain model stand for; "
-            "ship the run folder itself, with the backbone beside it"
+            "ship the run folder itself, with the backbone beside it: `peftkit bundle RUN OUT` makes one folder of both"
         )
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:

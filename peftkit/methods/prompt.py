@@ -56,7 +56,8 @@ class VirtualTokens(FromPeft):
     def merge(self, model: nn.Module) -> nn.Module:
         raise NotMergeable(
             f"method '{self.kind}' adds {self.length} tokens to the input, which no weight of the model can hold; "
-            "ship the run folder, which `peftkit predict` and peft load"
+            "ship the run folder, which `peftkit predict` and peft load, or with its backbone as what `peftkit bundle "
+            "RUN OUT` writes"
         )
 
     def stored_parameters(self, model: nn.Module, layout: Layout) -> int:

@@ -60,8 +60,8 @@ class Prompting(Method):
 
     def merge(self, model: nn.Module) -> nn.Module:
         raise NotMergeable(
-            "prompting trains nothing, so there is nothing to merge; ship the backbone itself with the prompt: "
-            "task.template and task.demonstrations in run.yaml"
+            "prompting trains nothing, so there is nothing to merge; ship the backbone itself with the prompt, "
+            "task.template and task.demonstrations in run.yaml: `peftkit bundle RUN OUT` makes one folder of both"
         )
 
     def added_parameters(self, model: nn.Module, layout: Layout) -> int:
