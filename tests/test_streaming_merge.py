@@ -259,6 +259,22 @@ def test_methods_without_a_merged_form_say_why(backbones: dict[str, Path], tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_merged_in_memory_alone_is_told(backbones: dict[str, Path], run: Path, tmp_path: Path) -> None:
+    METHODS["norms"] = {"kind": "peft", "type": "ln_tuning"}
+    try:
+        folder = made(backbones["bert"], "classes", "norms", tmp_path / "run")
+    finally:
+        del METHODS["norms"]
+    with pytest.raises(NotMergeable, match="--streaming: method 'ln_tuning' is merged in memory alone"):
+        merge_streamed(folder, tmp_path / "out", MergeSettings())
+    with pytest.raises(UsageError, match="is for runs over a quantised backbone"):
+        merge_streamed(run, tmp_path / "out", MergeSettings(onto="full-precision"))
+    packed = made(backbones["untied"], "classes", "lora", tmp_path / "packed", **NF4)
+    with pytest.raises(UsageError, match="--requantize packs a whole model"):
+        merge_streamed(packed, tmp_path / "out", MergeSettings(onto="requantized"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_of_fused_projections_are_merged_in_memory_alone(backbones: dict[str, Path], tmp_path: Path) -> None:
     METHODS["query"] = METHODS["lora"] | {"targets": "query"}
     try:
@@ -267,8 +283,6 @@ def test_parts_of_fused_projections_are_merged_in_memory_alone(backbones: dict[s
         del METHODS["query"]
     with pytest.raises(NotMergeable, match="fused projection"):
         merge_streamed(folder, tmp_path / "out", MergeSettings())
-    with pytest.raises(UsageError, match="--requantize packs a whole model"):
-        merge_streamed(folder, tmp_path / "out", MergeSettings(onto="requantized"))
 
 
 def test_a_shard_of_the_backbone_that_is_missing_is_named(backbones: dict[str, Path], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def merge(
     """
     target, settings = Path(target), settings or MergeSettings()
     check_target(saved.folder, target)
-    check_settings(saved, settings)
+    settings.check(saved.run.backbone)
     saved.model.cpu()  # a prediction may have moved it
     split, scored = encoded_probe(saved.run, probe, saved.head, saved.tokenizer)
     before = ask(saved.model, saved.run, split, scored)
@@ -129,22 +129,6 @@ def check_target(run_folder: Path, target: Path) -> None:
     if run_folder.resolve() in target.resolve().parents:
         raise UsageError(f"{target} lies inside the run {run_folder}; name a folder outside it")
     require_writable(target)
-
-
-def check_settings(saved: SavedRun, settings: MergeSettings) -> None:
-    """Refuse what is for quantised runs where the run is none.
-
-    Raises:
-        UsageError: names the option.
-    """
-    if settings.onto != "trained" and saved.run.backbone.quantization is None:
-        option = "--requantize" if settings.onto == "requantized" else "--onto full-precision"
-        raise UsageError(f"{option} is for runs over a quantised backbone, and {saved.folder} is none; leave it out")
-    if settings.onto == "requantized":
-        from peftkit.artifacts.requantize import check_packing
-
-        assert saved.run.backbone.quantization is not None
-        check_packing(saved.run.backbone.quantization)
 
 
 def allowed(saved: SavedRun, settings: MergeSettings) -> float:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from peftkit.backbones.load import BackboneSettings
 from peftkit.backbones.quantization import Dtype
+from peftkit.errors import UsageError
 
 SHARD_BYTES = 50 * 10**9
 """transformers' own choice."""
@@ -29,6 +30,22 @@ class MergeSettings:
     onto: Onto = "trained"
     """Of a quantised run: the values that training saw, the checkpoint before it was quantised, or the first, packed
     anew as bitsandbytes packs."""
+
+    def check(self, backbone: BackboneSettings) -> None:
+        """Refuse what is for quantised runs where the run is none.
+
+        Raises:
+            UsageError: names the option.
+        """
+        if self.onto == "trained":
+            return
+        option = "--requantize" if self.onto == "requantized" else "--onto full-precision"
+        if backbone.quantization is None:
+            raise UsageError(f"{option} is for runs over a quantised backbone, and this one's is not; leave it out")
+        if self.onto == "requantized":
+            from peftkit.artifacts.requantize import check_packing
+
+            check_packing(backbone.quantization)
 
     def dtype_for(self, backbone: BackboneSettings) -> str:
         """What the weights are saved in."""

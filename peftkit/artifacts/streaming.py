@@ -60,9 +60,10 @@ def opened(folder: Path, settings: MergeSettings) -> Stream:
         ArtifactError: files changed, or the backbone's weights are others.
         UsageError: what is only done in memory.
     """
-    if settings.onto == "requantized":
-        raise UsageError("--requantize packs a whole model; leave --streaming out")
     manifest, run = vetted(folder)
+    settings.check(run.backbone)
+    if settings.onto == "requantized":
+        raise UsageError("--requantize packs a whole model, and a merge that is streamed holds none; leave it out")
     backbone = original_settings(run.backbone, manifest, original=settings.onto == "full-precision")
     merge_backbone(run.model_copy(update={"backbone": backbone}))
     head, artifact = Head.from_dict(manifest["head"]), folder / manifest["artifact"]
@@ -150,20 +151,27 @@ def _layers(run: Run, source: Hollow, artifact: Path, backbone: BackboneSettings
         return Layers(
             source, source.backbone.model, backbone.model_copy(update={"dtype": "float32"}), settings.precision
         )
-    if not isinstance(run.method, FromPeft | Partial | HeadOnly):
+    if not isinstance(run.method, FromPeft | Partial | HeadOnly) or not _one_by_one(run.method):
         raise NotMergeable(_reason(run))
     return Layers(source, run.method.load(source.backbone, artifact), backbone, settings.precision)
+
+
+def _one_by_one(method: Any) -> bool:
+    """Whether merging a layer changes its own weights and nothing else; not so of all types that peft has."""
+    return method.kind != "peft" or method.type.lower() == "lora"
 
 
 def _reason(run: Run) -> str:
     """Why the method has no merged form, in its own words."""
     from torch import nn
 
-    try:
-        run.method.merge(nn.Module())
-    except NotMergeable as error:
-        return str(error)
-    return f"--streaming: method '{run.method.kind}' is merged in memory alone; leave it out"
+    if run.method.kind != "peft":
+        try:
+            run.method.merge(nn.Module())
+        except NotMergeable as error:
+            return str(error)
+    kind = getattr(run.method, "type", run.method.kind)
+    return f"--streaming: method '{kind}' is merged in memory alone; leave it out"
 
 
 def _plan(
