@@ -764,6 +764,11 @@ class TestPeft:
         method.save(model, tmp_path)
         assert torch.equal(evaluated(loaded(method, tmp_path), SEQUENCE), evaluated(model, SEQUENCE))
 
+    def test_weights_of_the_backbone_are_refused_before_they_train(self) -> None:
+        """Loading refuses them: an adapter from a stranger could hold any."""
+        with pytest.raises(MethodError, match=r"saves 'bert\..*LayerNorm\.bias', a weight of the backbone itself"):
+            attached(Peft(type="lora", r=4, bias="all"))  # type: ignore[call-arg]
+
     def test_what_trains_must_be_saved(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from peftkit.methods import any_peft, from_peft
 

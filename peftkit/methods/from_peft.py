@@ -20,6 +20,7 @@ from peftkit.methods.peft_files import (
     NOTES,
     WEIGHTS,
     adapter_state,
+    backbone_weights,
     check_alike,
     put_in,
     quiet_peft,
@@ -69,6 +70,7 @@ class FromPeft(Method):
         from peftkit.backbones.new_tokens import check_reached
 
         model: Any = backbone.model
+        own = set(model.state_dict())
         expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
         train_in_float32(model, backbone.head_modules)
         with quiet_libraries(), quiet_peft():
@@ -76,6 +78,12 @@ class FromPeft(Method):
             adapted = self.prepared(get_peft_model(model, config))
         check_reached(adapted)
         check_trained(adapted, expected, self)
+        if replaced := backbone_weights(adapter_state(adapted), own, backbone.head_modules):
+            raise MethodError(
+                f"method '{self.kind}' with these fields saves '{replaced[0]}', a weight of the backbone itself, which "
+                "no adapter replaces; leave out the field that does it, such as bias: all (lora_only has the biases of "
+                "the targets, and method bitfit all of them)"
+            )
         return adapted
 
     def save(self, model: nn.Module, folder: Path) -> None:
