@@ -1,4 +1,5 @@
-"""How fast LoRA trains: peftkit as it is, with its engine off, and `transformers.Trainer` with peft.
+"""How fast LoRA trains: peftkit as it is, with its engine off, and `transformers.Trainer` with peft, at its defaults and
+tuned: a model in bfloat16, autocast, and examples of similar length in a batch.
 
     PEFTKIT_DATA=<folder with sst2/> python benchmarks/speed.py [--rounds 3] [--steps 12]
 
@@ -39,6 +40,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "engine off, bfloat16": (OFF, BFLOAT16),
 }
 STOCK = "Trainer + peft"
+TUNED = "Trainer + peft, tuned"
 
 
 def main() -> None:
@@ -46,16 +48,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--note", default="", help="about the circumstances, kept in the result file")
-    parser.add_argument("--stock", action="store_true", help="be the process of the stock arm")
+    parser.add_argument("--stock", choices=(STOCK, TUNED), help="be the process of this arm")
     options = parser.parse_args()
     if options.stock:
-        print(json.dumps(stock(options.steps)))
+        print(json.dumps(stock(options.steps, options.stock == TUNED)))
         return
-    made: dict[str, list[dict[str, float]]] = {arm: [] for arm in (STOCK, *ARMS)}
+    made: dict[str, list[dict[str, float]]] = {arm: [] for arm in (STOCK, TUNED, *ARMS)}
     for number in range(options.rounds):
         # no arm is always behind the same other
         for arm in [*made][number % len(made) :] + [*made][: number % len(made)]:
-            made[arm].append(stock_process(options.steps) if arm == STOCK else trained(ARMS[arm], options.steps))
+            taken = trained(ARMS[arm], options.steps) if arm in ARMS else stock_process(arm, options.steps)
+            made[arm].append(taken)
             print(f"{arm}: {made[arm][-1]}", file=sys.stderr)
     command = f"benchmarks/speed.py --rounds {options.rounds} --steps {options.steps}"
     document = {"command": command, "note": options.note, "environment": describe(), "arms": made}
@@ -75,16 +78,18 @@ def trained(overrides: tuple[str, ...], steps: int) -> dict[str, float]:
     return {key: training[key] for key in keys} | {"peak_gib": training["peak_memory_bytes"] / 2**30}
 
 
-def stock_process(steps: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--stock", "--steps", str(steps)]
+def stock_process(arm: str, steps: int) -> dict[str, float]:
+    """Figures of Trainer in a process of its own."""
+    command = [sys.executable, __file__, "--stock", arm, "--steps", str(steps)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
-def stock(steps: int) -> dict[str, float]:
+def stock(steps: int, tuned: bool) -> dict[str, float]:
     """The same training as transformers and peft have it."""
     import datasets
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForSequenceClassification,
@@ -107,7 +112,9 @@ def stock(steps: int) -> dict[str, float]:
         lambda row: tokenizer(row["sentence"], truncation=True, max_length=LENGTH) | {"labels": row["label"]}
     )
     adapter = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
-    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), adapter)
+    dtype = torch.bfloat16 if tuned else torch.float32
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=dtype)
+    model = get_peft_model(plain, adapter)
     counted = {"tokens": 0, "since": 0.0, "seconds": 0.0}
 
     class Clock(TrainerCallback):
@@ -125,7 +132,8 @@ def stock(steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as output:
         settings = TrainingArguments(
             output, per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=1e-3, save_strategy="no",
-            report_to="none", logging_steps=1, disable_tqdm=True, use_cpu=True,
+            report_to="none", logging_steps=1, disable_tqdm=True, use_cpu=True, bf16=tuned,
+            train_sampling_strategy="group_by_length" if tuned else "random",
         )  # fmt: skip
         Trainer(
             model=model, args=settings, train_dataset=encoded.select_columns(["input_ids", "attention_mask", "labels"]),
