@@ -1,5 +1,5 @@
-"""How fast LoRA trains: peftkit as it is, with its engine off, and `transformers.Trainer` with peft, at its defaults and
-tuned: a model in bfloat16, autocast, and examples of similar length in a batch.
+"""How fast LoRA trains: peftkit as it is, with its engine off, and `transformers.Trainer` with peft, at its defaults
+and tuned: a model in bfloat16, autocast, and examples of similar length in a batch.
 
     PEFTKIT_DATA=<folder with sst2/> python benchmarks/speed.py [--rounds 3] [--steps 12]
 
