@@ -80,6 +80,13 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     one.add_argument("--data", type=Path, metavar="FILE", help="rows to compare on (default: the test split)")
     one.add_argument("--probe-rows", type=_positive, default=32, metavar="N", help="compare on the first N (32)")
 
+    one = verb("card", "A run as a model card of the Hub: data, method, counts, scores with interval, merge, loading.")
+    one.add_argument("run", type=Path, metavar="RUN")
+    one.add_argument(
+        "--merged", type=Path, metavar="FOLDER", help="what `peftkit merge` wrote of it: the card is of that"
+    )
+    one.add_argument("--out", type=Path, metavar="FILE", help="write it there, as README.md (default: print it)")
+
     one = verb("serve", "Answer over HTTP: any number of runs or bundles over one backbone in memory.")
     add_serve_options(one)
 

@@ -120,6 +120,12 @@ def bundle(options: argparse.Namespace) -> None:
     say(f"wrote {options.target} ({result.bytes / 2**20:,.1f} MiB): peftkit.load_predictor('{options.target}')")
 
 
+def card(options: argparse.Namespace) -> None:
+    from peftkit.artifacts.card import write_card
+
+    say(write_card(options.run, options.merged, options.out))
+
+
 def serve(options: argparse.Namespace) -> None:
     from peftkit.serving.command import serve as serve_runs
 
@@ -238,6 +244,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         predict,
         merge,
         bundle,
+        card,
         serve,
         combine,
         diff,
