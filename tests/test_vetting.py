@@ -172,4 +172,9 @@ def test_going_on_from_a_run_looks_at_it_as_loading_does(
 def test_what_was_saved_here_is_read(genuine: Path) -> None:
     assert load_run(genuine).model is not None
     file = genuine / "adapter" / "adapter_model.safetensors"
-    assert read_header(file) == {name: Entry("F32", tuple(t.shape)) for name, t in load_file(file).items()}
+    entries, tensors, content = read_header(file), load_file(file), file.read_bytes()
+    assert entries == {name: Entry("F32", tuple(t.shape), entries[name].start) for name, t in tensors.items()}
+    header = 8 + int.from_bytes(content[:8], "little")
+    for name, tensor in tensors.items():
+        values = tensor.numpy().tobytes()
+        assert content[header + entries[name].start :].startswith(values), name

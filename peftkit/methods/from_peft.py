@@ -20,7 +20,6 @@ from peftkit.methods.peft_files import (
     NOTES,
     WEIGHTS,
     adapter_state,
-    backbone_weights,
     check_alike,
     put_in,
     quiet_peft,
@@ -70,21 +69,26 @@ class FromPeft(Method):
         from peftkit.backbones.new_tokens import check_reached
 
         model: Any = backbone.model
-        own = set(model.state_dict())
         expected = self.added_parameters(model, backbone.layout) + module_parameters(model, backbone.head_modules)
         train_in_float32(model, backbone.head_modules)
         with quiet_libraries(), quiet_peft():
             config = self.peft_config(backbone, self._split(backbone), total_steps)
+            self._refuse_all_biases(config, backbone)
             adapted = self.prepared(get_peft_model(model, config))
         check_reached(adapted)
         check_trained(adapted, expected, self)
-        if replaced := backbone_weights(adapter_state(adapted), own, backbone.head_modules):
-            raise MethodError(
-                f"method '{self.kind}' with these fields saves '{replaced[0]}', a weight of the backbone itself, which "
-                "no adapter replaces; leave out the field that does it, such as bias: all (lora_only has the biases of "
-                "the targets, and method bitfit all of them)"
-            )
         return adapted
+
+    def _refuse_all_biases(self, config: PeftConfig, backbone: Backbone) -> None:
+        """peft would train and save them, and loading refuses an adapter that replaces weights of the backbone."""
+        if getattr(config, "bias", None) != "all":
+            return
+        names = (name for name, _ in backbone.model.named_parameters() if name.rpartition(".")[2] == "bias")
+        if first := next((name for name in names if not inside(name, backbone.head_modules)), None):
+            raise MethodError(
+                f"method '{self.kind}' with bias: all saves '{first}', a weight of the backbone itself, which no "
+                "adapter replaces; lora_only has the biases of the targets, and method bitfit all of them"
+            )
 
     def save(self, model: nn.Module, folder: Path) -> None:
         from safetensors.torch import save_file

@@ -127,14 +127,11 @@ def refuse_backbone_weights(names: Iterable[str], base: nn.Module, heads: tuple[
     Raises:
         ArtifactError: names the weight.
     """
-    for inner in backbone_weights(names, set(base.state_dict()), heads):
-        raise ArtifactError(f"{folder} holds '{inner}', a weight of the backbone itself, which no adapter replaces")
-
-
-def backbone_weights(names: Iterable[str], own: set[str], heads: tuple[str, ...]) -> list[str]:
-    """Those of an adapter's tensors that are the backbone's own, by the names that they have there."""
-    inner = (name.removeprefix("base_model.model.") for name in names)
-    return [name for name in inner if name in own and not inside(name, heads)]
+    own = set(base.state_dict())
+    for name in names:
+        inner = name.removeprefix("base_model.model.")
+        if inner in own and not inside(inner, heads):
+            raise ArtifactError(f"{folder} holds '{inner}', a weight of the backbone itself, which no adapter replaces")
 
 
 def _short(value: Any) -> str:
