@@ -19,12 +19,12 @@ from typing import Any
 from peftkit.artifacts.bundle_check import EXAMPLES, LOGITS, ROWS, compared_logits, encoded
 from peftkit.artifacts.loading import SavedRun, load_run
 from peftkit.artifacts.manifest import read_manifest
+from peftkit.artifacts.target import check_new_folder
 from peftkit.backbones.load import HUB_FILES, resolve, weight_files
 from peftkit.backbones.runs import BUNDLED, MANIFEST
 from peftkit.data.rows import Rows
-from peftkit.disk import file_sha256, manifest_sha256, require_space, require_writable, whole_folder, write_text
+from peftkit.disk import file_sha256, manifest_sha256, require_space, whole_folder, write_text
 from peftkit.errors import ArtifactError, UsageError
-from peftkit.processes import require_one_process
 
 REPORT = "peftkit_bundle.json"
 TOLERANCE = 1e-6
@@ -63,7 +63,7 @@ def bundle(folder: Path, target: Path, probe: Rows | None = None, probe_rows: in
         ArtifactError: the disk is too small, or the bundle computes something else.
     """
     manifest = read_manifest(folder)
-    check_target(folder, target)
+    check_new_folder(target, [folder], "a bundle")
     saved = load_run(folder)
     rows = _as_json((probe or saved.run.task.splits().held_out).head(probe_rows))
     files = list(_backbone_files(resolve(saved.run.backbone)))
@@ -81,16 +81,6 @@ def bundle(folder: Path, target: Path, probe: Rows | None = None, probe_rows: in
         record = asdict(report) | {"relative": report.relative, "tolerance": TOLERANCE, "run_id": manifest["run_id"]}
         write_text(partial / REPORT, json.dumps(record, indent=2) + "\n")
     return report
-
-
-def check_target(folder: Path, target: Path) -> None:
-    """Refuse a target that exists or that lies inside the run, and processes that would write it together."""
-    require_one_process("a bundle")
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists; name a new folder for the bundle")
-    if folder.resolve() in target.resolve().parents:
-        raise UsageError(f"{target} lies inside the run {folder}; name a folder outside of it")
-    require_writable(target)
 
 
 def _backbone_files(folder: Path) -> Iterator[Path]:

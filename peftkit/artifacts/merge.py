@@ -21,15 +21,15 @@ from peftkit.artifacts.proof import (
     scores,
 )
 from peftkit.artifacts.settings import BESIDE, BYTES, MergeSettings
+from peftkit.artifacts.target import check_new_folder
 from peftkit.backbones.load import save_tokenizer
 from peftkit.backbones.quantize import quantize
 from peftkit.config import Run
 from peftkit.data.files import Rows
-from peftkit.disk import file_sha256, require_space, require_writable, whole_folder, write_text
+from peftkit.disk import file_sha256, require_space, whole_folder, write_text
 from peftkit.environment import versions
-from peftkit.errors import ArtifactError, UsageError
+from peftkit.errors import ArtifactError
 from peftkit.prepare import Split
-from peftkit.processes import require_one_process
 from peftkit.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def merge(
         ArtifactError: the merged model computes something else, is not whole, or there is no room for it.
     """
     target, settings = Path(target), settings or MergeSettings()
-    check_target(saved.folder, target)
+    check_new_folder(target, [saved.folder], "a merge")
     settings.check(saved.run.backbone)
     saved.model.cpu()  # a prediction may have moved it
     split, scored = encoded_probe(saved.run, probe, saved.head, saved.tokenizer)
@@ -119,16 +119,6 @@ def _read_back(
     if settings.onto == "trained":
         refuse_far(report.relative, report.largest_difference, report.tolerance)
     return report
-
-
-def check_target(run_folder: Path, target: Path) -> None:
-    """Refuse a target that exists or that lies inside the run, and processes that would write it together."""
-    require_one_process("a merge")
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists; name a new folder for the merged model")
-    if run_folder.resolve() in target.resolve().parents:
-        raise UsageError(f"{target} lies inside the run {run_folder}; name a folder outside it")
-    require_writable(target)
 
 
 def allowed(saved: SavedRun, settings: MergeSettings) -> float:

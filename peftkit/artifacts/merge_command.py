@@ -72,13 +72,14 @@ def answer(options: argparse.Namespace, read: Callable[[Any, Path], Rows]) -> st
     Args:
         read: the rows in a file, for a task.
     """
-    from peftkit.artifacts.merge import check_target, merge
+    from peftkit.artifacts.merge import merge
     from peftkit.artifacts.store import load_run, read_manifest
     from peftkit.artifacts.streamed import merge_streamed, needs_streaming
+    from peftkit.artifacts.target import check_new_folder
 
     settings = settings_of(options)
     read_manifest(options.run)
-    check_target(options.run, options.target)
+    check_new_folder(options.target, [options.run], "a merge")
     too_large = needs_streaming(options.run, settings)
     if too_large:
         return shown(merge_streamed(options.run, options.target, settings), options.target)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
 from peftkit.artifacts.loading import SavedRun, merge_backbone, original_settings
-from peftkit.artifacts.merge import check_target, compared, told, write_report
+from peftkit.artifacts.merge import compared, told, write_report
 from peftkit.artifacts.proof import Expected, MergeReport, labels_of, refuse_far, refuse_other
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
+from peftkit.artifacts.target import check_new_folder
 from peftkit.artifacts.vetting import vetted
 from peftkit.backbones.load import resolve, weight_files
 from peftkit.data.files import Rows
@@ -61,7 +62,7 @@ def merge_streamed(
     Raises:
         UsageError, NotMergeable, ArtifactError: as for `peftkit.artifacts.merge.merge`.
     """
-    check_target(folder, target)
+    check_new_folder(target, [folder], "a merge")
     stream = opened(folder, settings)
     try:
         working = write(stream, target, settings)

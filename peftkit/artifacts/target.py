@@ -20,7 +20,7 @@ def check_new_folder(target: Path, sources: Sequence[Path], what: str) -> None:
         UsageError: says which.
     """
     require_one_process(what)
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists; name a new folder for the result")
     for source in sources:
         if source.resolve() in target.resolve().parents:
