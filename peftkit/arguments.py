@@ -9,7 +9,7 @@ from typing import Any
 
 from peftkit.artifact_verbs import add_combine_options, add_diff_options, add_export_options, add_extract_options
 from peftkit.artifacts.merge_command import add_merge_options
-from peftkit.console import Parser
+from peftkit.console import Parser, positive
 from peftkit.launch_options import add_launch_options
 from peftkit.planning.command import add_plan_options
 from peftkit.serving.options import add_serve_options
@@ -65,7 +65,7 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     one.add_argument("--file", type=Path, help="a table with the run's columns, or one text a line (.txt)")
 
     one = verb("merge", "Write a run as one plain transformers model, read it back and compare.")
-    add_merge_options(one, _positive)
+    add_merge_options(one)
 
     add_combine_options(verb("combine", "Add up what several runs do to one backbone: ΔW by weights, TIES, DARE."))
     add_diff_options(verb("diff", "What two runs of one backbone do otherwise: ΔW by module, heads, settings."))
@@ -78,7 +78,7 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     one.add_argument("run", type=Path, metavar="RUN")
     one.add_argument("target", type=Path, metavar="OUT")
     one.add_argument("--data", type=Path, metavar="FILE", help="rows to compare on (default: the test split)")
-    one.add_argument("--probe-rows", type=_positive, default=32, metavar="N", help="compare on the first N (32)")
+    one.add_argument("--probe-rows", type=positive, default=32, metavar="N", help="compare on the first N (32)")
 
     one = verb("card", "A run as a model card of the Hub: data, method, counts, scores with interval, merge, loading.")
     one.add_argument("run", type=Path, metavar="RUN")
@@ -121,9 +121,3 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     verb("schema", "Print the JSON Schema of configurations, for editors.")
     verb("env", "Print versions and devices, for bug reports.")
     return parser, verbs.choices
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)

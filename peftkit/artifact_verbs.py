@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.console import positive
 from peftkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
         "--density", type=float, metavar="D", help="the share of numbers that ties, dare, magnitude keep"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of what dare draws (default: 0)")
-    parser.add_argument("--rank", type=_positive, metavar="R", help="re-compress to the nearest adapter of this rank")
+    parser.add_argument("--rank", type=positive, metavar="R", help="re-compress to the nearest adapter of this rank")
     parser.add_argument("--head", metavar="N", help="where heads differ: that of the Nth run, or average")
     parser.add_argument("--json", action="store_true")
 
@@ -45,7 +46,7 @@ def add_extract_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="the untouched model: a name, or a folder")
     parser.add_argument("tuned", metavar="TUNED", help="the same model after training, or a finished run")
     parser.add_argument("target", type=Path, metavar="OUT")
-    parser.add_argument("--rank", type=_positive, required=True, metavar="R")
+    parser.add_argument("--rank", type=positive, required=True, metavar="R")
     parser.add_argument("--leave-out", action="store_true", help="go on without changes that no adapter holds")
     parser.add_argument("--json", action="store_true")
 
@@ -57,7 +58,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="rows, or one text a line (.txt), to compare on (default: test split)"
     )
-    parser.add_argument("--probe-rows", type=_positive, metavar="N", help="compare on the first N (default: all)")
+    parser.add_argument("--probe-rows", type=positive, metavar="N", help="compare on the first N (default: all)")
     parser.add_argument("--int8", action="store_true", help="onnx: a second file in 8 bits, its cost measured")
     parser.add_argument("--float16", action="store_true", help="gguf: matrices in 16 bits")
     parser.add_argument("--json", action="store_true")
@@ -241,9 +242,3 @@ def _different(report: DiffReport) -> str:
 def _row(pair: Pair) -> list[str]:
     cosine = "" if pair.cosine is None else f"{pair.cosine:.3f}"
     return [pair.name, *(f"{norm:.4g}" for norm in pair.norms), cosine]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)

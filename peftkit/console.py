@@ -36,6 +36,13 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
 
 
+def positive(text: str) -> int:
+    """The type of arguments that count from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises, so that `guard` tells what is wrong once, however many processes run."""
 

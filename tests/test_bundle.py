@@ -110,7 +110,7 @@ def test_targets_and_rows_that_do_not_do_are_refused(
     run = str(small_run("prefix"))
     (tmp_path / "there").mkdir()
     assert "exists" in refused(capfd, 2, "bundle", run, str(tmp_path / "there"))
-    assert "lies inside" in refused(capfd, 2, "bundle", run, f"{run}/bundle")
+    assert f"lies inside {run};" in refused(capfd, 2, "bundle", run, f"{run}/bundle")
     assert "no run folder" in refused(capfd, 2, "bundle", str(tmp_path / "nothing"), str(tmp_path / "b"))
     assert "no such file" in refused(capfd, 2, "bundle", run, str(tmp_path / "b"), "--data", str(tmp_path / "no.jsonl"))
     assert [one.name for one in tmp_path.iterdir()] == ["there"]

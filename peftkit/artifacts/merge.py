@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.fresh_process import Probe, Rereader, reading
 from peftkit.artifacts.loading import TOLERANCE, SavedRun, in_full_precision, tolerance
-from peftkit.artifacts.probe import Answers, ask, encoded_probe, examples_sha256
+from peftkit.artifacts.plain_reader import is_tied
+from peftkit.artifacts.probe import Answers, ask, digests, encoded_probe, examples_sha256
 from peftkit.artifacts.proof import (
     Expected,
     MergeReport,
@@ -158,7 +159,8 @@ def write_merged(merged: Any, saved: SavedRun, folder: Path, settings: MergeSett
 
     dtype = settings.dtype_for(saved.run.backbone)
     packed = settings.onto == "requantized"
-    expected = expected_of(merged, saved, dtype, packed)
+    weights = {} if packed else digests(merged, getattr(torch, dtype))
+    expected = expected_of(merged, saved.tokenizer, saved.head, dtype, is_tied(merged), weights)
     with quiet_libraries():
         cast = merged.to(getattr(torch, dtype))
         if packed:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.console import positive
 from peftkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ ONTO = {
 }
 
 
-def add_merge_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+def add_merge_options(parser: argparse.ArgumentParser) -> None:
     """The arguments of `peftkit merge`."""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN")

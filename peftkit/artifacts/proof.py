@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peftkit.artifacts.loading import SavedRun
-from peftkit.artifacts.plain_reader import is_tied
-from peftkit.artifacts.probe import Answers, digests
+from peftkit.artifacts.probe import Answers
 from peftkit.backbones.load import Head
 from peftkit.errors import ArtifactError
 from peftkit.tasks.base import Task
@@ -18,6 +16,7 @@ from peftkit.tasks.outputs import divergences
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 TOLD = 3
 """Faults that an error names."""
@@ -91,26 +90,25 @@ class MergeReport(Figures):
         return {**vars(self), "relative": self.relative}
 
 
-def expected_of(model: Any, saved: SavedRun, dtype: str, packed: bool = False) -> Expected:
-    """What must be found of a merged model that is still in memory, in the precision it was computed in.
+def expected_of(
+    model: Any, tokenizer: PreTrainedTokenizerBase, head: Head, dtype: str, tied: bool, tensors: dict[str, str]
+) -> Expected:
+    """What must be found of a merged model, by the model that holds its configuration.
 
     Args:
-        packed: its weights are saved in codes, and compared by what they compute.
+        tensors: digests of its weights by name; none where they are compared otherwise.
     """
-    import torch
-
-    tokenizer = saved.tokenizer
     return Expected(
         config=model.config.to_dict(),
         generation=model.generation_config.to_dict() if model.can_generate() else None,
         vocabulary=dict(tokenizer.get_vocab()),
         special={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        chat_template=saved.head.chat_template or tokenizer.chat_template,
-        labels=labels_of(saved.head),
+        chat_template=head.chat_template or tokenizer.chat_template,
+        labels=labels_of(head),
         dtype=dtype,
         model_class=type(model).__name__,
-        tied=is_tied(model),
-        tensors={} if packed else digests(model, getattr(torch, dtype)),
+        tied=tied,
+        tensors=tensors,
     )
 
 

@@ -13,7 +13,7 @@ from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
 from peftkit.artifacts.loading import SavedRun, merge_backbone, original_settings
 from peftkit.artifacts.merge import compared, told, write_report
-from peftkit.artifacts.proof import Expected, MergeReport, labels_of, refuse_far, refuse_other
+from peftkit.artifacts.proof import Expected, MergeReport, expected_of, refuse_far, refuse_other
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
 from peftkit.artifacts.target import check_new_folder
@@ -106,20 +106,8 @@ def _proven(stream: Stream, working: Path, settings: MergeSettings, reader: Rere
 
 
 def _expected(stream: Stream) -> Expected:
-    model: Any = stream.source.backbone.model
-    tokenizer = stream.tokenizer
-    return Expected(
-        config=model.config.to_dict(),
-        generation=model.generation_config.to_dict() if model.can_generate() else None,
-        vocabulary=dict(tokenizer.get_vocab()),
-        special={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        chat_template=stream.head.chat_template or tokenizer.chat_template,
-        labels=labels_of(stream.head),
-        dtype=stream.dtype,
-        model_class=type(model).__name__,
-        tied=False,
-        tensors={},
-    )
+    model = stream.source.backbone.model
+    return expected_of(model, stream.tokenizer, stream.head, stream.dtype, tied=False, tensors={})
 
 
 def check_layers(stream: Stream, written: Path) -> tuple[int, float]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftkit.console import Parser
+from peftkit.console import Parser, positive
 from peftkit.errors import UsageError
 
 KEYS = "PEFTKIT_API_KEYS"
@@ -73,7 +73,7 @@ def add_serve_options(parser: Parser) -> None:
     ):
         default = getattr(limits, name)
         flag = f"--max-{name.replace('_', '-')}" + ("-bytes" if name == "body" else "")
-        add(flag, dest=name, type=_positive, default=default, metavar="N", help=f"{what} (default: {default:,})")
+        add(flag, dest=name, type=positive, default=default, metavar="N", help=f"{what} (default: {default:,})")
     add("--wait-ms", type=_milliseconds, default=limits.wait, metavar="MS", help="wait for company (default: 3)")
     add(
         "--timeout", type=_seconds, default=limits.seconds, metavar="S", help="seconds a request may take (default: 30)"
@@ -153,12 +153,6 @@ def _read(file: Path) -> str:
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port from 0 to 65535")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
 
 
