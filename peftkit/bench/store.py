@@ -17,7 +17,6 @@ from peftkit.disk import whole_file
 from peftkit.errors import UsageError
 from peftkit.schema import Section
 
-FORMAT = 1
 RUNS, ANSWERS = "runs", "answers"
 Phase = Literal["trial", "final"]
 
@@ -81,7 +80,7 @@ class Cost(Section):
 class Record(Section):
     """What came of one run."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     id: str
     key: Key
     status: Literal["finished", "failed", "out_of_memory"]
