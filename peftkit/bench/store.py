@@ -141,7 +141,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.damaged: dict[str, str] = Field(default_factory=dict)
+        self.damaged: dict[str, str] = {}
         """Record files that could not be read, and why; they count as not there, and are written anew."""
 
     def add(self, record: Record, answers: Answers | None = None) -> None:
@@ -152,6 +152,11 @@ class Store:
                 partial.write_bytes(packed)
         with whole_file(self._record(record.id)) as partial:
             partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def remove(self, name: str) -> None:
+        """Forget a run."""
+        self._record(name).unlink(missing_ok=True)
+        self._answers(name).unlink(missing_ok=True)
 
     def records(self) -> Iterator[Record]:
         """Every run that is there and whole, by id."""
