@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
     _tell(state, store.folder, options.json)
     failed = [record for record in state.records.values() if record.status != "finished"]
     if failed:
-        raise PeftkitError(f"{len(failed)} runs failed, first {failed[0].id}: {failed[0].error}; see {store.folder}/runs")
+        first = failed[0]
+        raise PeftkitError(f"{len(failed)} runs failed, first {first.id}: {first.error}; see {store.folder}/runs")
 
 
 def status(options: argparse.Namespace) -> None:
