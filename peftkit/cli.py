@@ -235,6 +235,10 @@ def _allowing(run: Any, names: Sequence[str]) -> Any:
 def _run(arguments: list[str]) -> None:
     parser, verbs = _parsers()
     if arguments[:1] == ["bench"]:
+        if len(arguments) == 1 or arguments[1].startswith("-"):
+            raise UsageError(
+                f"peftkit bench needs one more word: {', '.join(n[6:] for n in verbs if n[:6] == 'bench ')}"
+            )
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     if not arguments or arguments[0] not in verbs:
         if arguments and not arguments[0].startswith("-"):

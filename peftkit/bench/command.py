@@ -6,7 +6,7 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.console import positive, say
 from peftkit.errors import PeftkitError, UsageError
@@ -14,6 +14,7 @@ from peftkit.errors import PeftkitError, UsageError
 if TYPE_CHECKING:
     from peftkit.bench.grid import Cell, Grid
     from peftkit.bench.launch import State
+    from peftkit.bench.tuning import Progress
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -97,25 +98,7 @@ def _tell_damaged(damaged: dict[str, str]) -> None:
 def _tell(state: State, folder: Path, as_json: bool) -> None:
     from peftkit.report import table
 
-    rows = []
-    for cell, found in state.cells:
-        ids = {one.id for one in found.runs}
-        trials = {rate: state.records.get(cell.trial(rate).id) for rate in found.rates}
-        finals = [state.records.get(cell.final(seed, found.learning_rate).id) for seed in cell.grid.seeds]
-        scores = [one.test.value for one in finals if found.state in ("final", "done") and one and one.test]
-        rows.append(
-            {
-                "cell": cell.name,
-                "state": found.state,
-                "trials": sum(one is not None for one in trials.values()),
-                "learning_rate": found.learning_rate,
-                "at_edge": found.at_edge,
-                "seeds": len(scores),
-                "of": len(cell.grid.seeds),
-                "mean": sum(scores) / len(scores) if scores else None,
-                "next": len(ids),
-            }
-        )
+    rows = [_row(state, cell, found) for cell, found in state.cells]
     if as_json:
         say(json.dumps({"folder": str(folder), "cells": rows}, indent=2))
         return
@@ -127,3 +110,21 @@ def _tell(state: State, folder: Path, as_json: bool) -> None:
     say(table(lines))
     states = Counter(row["state"] for row in rows)
     say(f"{folder}: " + ", ".join(f"{count} cells {name}" for name, count in states.items()))
+
+
+def _row(state: State, cell: Cell, found: Progress) -> dict[str, Any]:
+    trials = [state.records.get(cell.trial(rate).id) for rate in found.rates]
+    tuned = found.state in ("final", "done")
+    finals = [state.records.get(cell.final(seed, found.learning_rate).id) for seed in cell.grid.seeds] if tuned else []
+    scores = [one.test.value for one in finals if one and one.test]
+    return {
+        "cell": cell.name,
+        "state": found.state,
+        "trials": sum(one is not None for one in trials),
+        "learning_rate": found.learning_rate,
+        "at_edge": found.at_edge,
+        "seeds": len(scores),
+        "of": len(cell.grid.seeds),
+        "mean": sum(scores) / len(scores) if scores else None,
+        "next": len(found.runs),
+    }

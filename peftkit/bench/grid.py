@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -157,9 +158,12 @@ class Cell:
         """The run that is scored on test."""
         return self._planned("final", seed, learning_rate)
 
-    def _planned(self, phase: Phase, seed: int, learning_rate: float | None) -> Planned:
+    @cached_property
+    def _first(self) -> Run:
+        """The run that the others differ from in seed and learning rate alone, checked once for all of them."""
         grid, data, method = self.grid, self.grid.data[self.data], self.grid.methods[self.method]
-        training = grid.training | data.training | method.training | {"seed": seed, "learning_rate": learning_rate}
+        training = grid.training | data.training | method.training
+        training |= {"seed": grid.seeds[0], "learning_rate": next(iter(self.rates), None)}
         tree = {
             "backbone": _as_written(grid.backbones[self.backbone]),
             "task": _as_written(data.task),
@@ -167,9 +171,25 @@ class Cell:
             "training": training,
             "engine": grid.engine.model_dump(mode="json"),
         }
-        run = validate(Document(f"{self.source} ({self.name})", tree))
+        return validate(Document(f"{self.source} ({self.name})", tree))
+
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
+        return self.grid.model_dump(mode="json", include={"probe", "robustness"})
+
+    @cached_property
+    def _known(self) -> dict[tuple[Phase, int, float | None], Planned]:
+        return {}
+
+    def _planned(self, phase: Phase, seed: int, learning_rate: float | None) -> Planned:
+        found = self._known.get((phase, seed, learning_rate))
+        return found or self._known.setdefault((phase, seed, learning_rate), self._made(phase, seed, learning_rate))
+
+    def _made(self, phase: Phase, seed: int, learning_rate: float | None) -> Planned:
+        training = self._first.training.model_copy(update={"seed": seed, "learning_rate": learning_rate})
+        run = self._first.model_copy(update={"training": training})
         key = Key(
-            grid=grid.name,
+            grid=self.grid.name,
             backbone=self.backbone,
             data=self.data,
             method=self.method,
@@ -178,7 +198,7 @@ class Cell:
             seed=seed,
             learning_rate=learning_rate,
         )
-        measured = grid.model_dump(mode="json", include={"probe", "robustness"}) if phase == "final" else {}
+        measured = self._measured if phase == "final" else {}
         named = json.dumps([run_id(run), phase, self.budget, measured], sort_keys=True)
         return Planned(hashlib.sha256(named.encode()).hexdigest()[:16], key, run)
 
