@@ -381,7 +381,7 @@ def test_groups_overlap_where_the_middle_differs_from_neither_end() -> None:
     assert found.letters == {"a": "a", "b": "ab", "c": "bc", "d": "c"}
     assert groups("abc", matrix(3, set())).members == (("a", "b", "c"),)
     assert groups("abc", matrix(3, {(0, 1), (0, 2), (1, 2)})).members == (("a",), ("b",), ("c",))
-    assert groups([], np.ones((0, 0))).members in ((), ((),))
+    assert groups([], np.ones((0, 0))).members == ()
 
 
 @given(st.integers(1, 7), st.data())
