@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -543,6 +545,27 @@ def test_paired_tests_err_no_more_than_they_say_where_one_seed_alone_does() -> N
     apart = world.answers(0.85, common) - world.answers(0.85, common)
     assert (mean_squares(apart).p_value() <= 0.05).mean() <= 0.07  # 5 % and 2.2 standard errors
     assert (mcnemar_all(apart[:, 0]) <= 0.05).mean() > 0.15
+
+
+def test_the_published_simulation_is_nominal_and_is_what_the_docs_say() -> None:
+    root = Path(__file__).parents[1]
+    result = json.loads((root / "benchmarks/results/bench_statistics.json").read_text(encoding="utf-8"))
+    text, found = (root / "docs/statistics.md").read_text(encoding="utf-8"), result["lowest_and_highest_percent"]
+    error = result["monte_carlo_error_at_95"]
+    assert found["coverage"]["chosen"][0] > 95 - 2 * error
+    assert found["one_test"]["chosen"][1] < 5 + 2 * error
+    assert found["family"]["chosen"][1] < 5 + 2 * error
+    for low, high in found["coverage"].values():
+        assert f"| {low:.1f} | {high:.1f} |" in text
+    for name, (low, high) in found["one_test"].items():
+        least, most = found["family"][name]
+        assert f"| {low:.1f} to {high:.1f} | {least:.1f} to {most:.1f} |" in text
+    for row in result["pairs"]:
+        assert max(row["equivalence"][f"at_margin_{kind}"] for kind in ("as_good", "not_worse")) < 5 + 2 * error
+        for power_of in row["power"]["differences"]:
+            share = power_of["predicted"] / 100
+            expected = 100 * np.sqrt(share * (1 - share) / result["repetitions"])
+            assert power_of["found"] == pytest.approx(power_of["predicted"], abs=3.5 * expected)
 
 
 def test_statistics_need_no_torch() -> None:

@@ -3,14 +3,14 @@
 Chosen by simulation: benchmarks/bench_statistics.py, whose result has all figures. For 5 seeds that spread by 0 to 2
 points, 600 and 1,300 examples, accuracies of 0.85 and 0.97 and a micro F1 of 0.81, 95 % intervals hold the truth in
 
-- 94.7-96.9 %: two-way random effects, critical value of Cochran and Cox, logit scale; this is `interval`;
-- 90.0-96.5 % without the logit scale, 88.5-95.4 % with Satterthwaite's degrees of freedom too;
-- 84.2-97.4 %: percentile bootstrap over seeds and examples; 87.4-98.9 % stretched by √(S / (S − 1));
-- 65.3-90.7 %: t over seeds, which share their examples; 47.9-95.3 %: normal, over examples alone.
+- 94.7-97.0 %: two-way random effects, critical value of Cochran and Cox, logit scale; this is `interval`;
+- 90.0-97.0 % without the logit scale, 88.5-96.1 % with Satterthwaite's degrees of freedom too;
+- 84.2-97.3 %: percentile bootstrap over seeds and examples; 87.4-98.8 % stretched by √(S / (S − 1));
+- 65.3-90.7 %: t over seeds, which share their examples; 47.9-95.2 %: normal, over examples alone.
 
-Equal methods are told apart at 5 % in 3.6-4.6 % of tests by `difference`, and any of 11 after Holm in 1.7-3.6 %: a
-little too seldom, where examples count as much as seeds. Satterthwaite's degrees of freedom reach 5.8 and 9.0 %, the
-paired bootstrap 5.9 and 6.4 %, t over seeds 11.8 and 13.2 %, McNemar's test of one seed 48 and 94 %.
+Equal methods are told apart at 5 % in 3.7-4.6 % of tests by `difference`, and any of 11 after Holm in 1.8-3.9 %: a
+little too seldom, where examples count as much as seeds. Satterthwaite's degrees of freedom reach 5.8 and 9.9 %, the
+paired bootstrap 5.9 and 6.4 %, t over seeds 11.8 and 12.9 %, McNemar's test of one seed 48 and 94 %.
 """
 
 from __future__ import annotations
