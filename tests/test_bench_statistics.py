@@ -211,11 +211,33 @@ def test_a_difference_turned_round_is_its_mirror_image(seed: int) -> None:
     assert one.low < one.mean < one.high
 
 
-def test_a_method_does_not_differ_from_itself() -> None:
+def test_a_method_does_not_differ_from_itself_as_far_as_so_many_examples_can_tell() -> None:
     found = difference(answers(), answers())
-    assert (found.mean, found.low, found.high, found.p_value) == (0, 0, 0, 1)
-    constant = difference(Samples(np.ones((5, 20)), np.ones((5, 20))), Samples(np.zeros((5, 20)), np.ones((5, 20))))
-    assert (constant.mean, constant.p_value) == (1, 0)
+    unseen = scipy.stats.binomtest(0, 40).proportion_ci(0.95, "exact").high
+    assert (found.mean, found.p_value) == (0, 1)
+    assert (found.low, found.high) == pytest.approx((-unseen, unseen))
+    assert equivalence(answers(), answers(), 0.05).verdict == "undecided"
+    assert equivalence(answers(), answers(), 0.05).p_equivalent == pytest.approx(scipy.stats.binom.pmf(0, 40, 0.05))
+    assert equivalence(answers(), answers(), 0.1).verdict == "as good as"
+    losses = perplexities()
+    assert (difference(losses, losses).low, difference(losses, losses).p_value) == (0, 1)
+
+
+def test_where_every_example_tells_two_apart_there_are_still_only_so_many() -> None:
+    right, wrong = (Samples(np.full((5, 20), value), np.ones((5, 20))) for value in (1, 0))
+    found = difference(right, wrong)
+    assert found.mean == 1
+    assert found.p_value == pytest.approx(scipy.stats.binomtest(20, 20).pvalue)
+
+
+def test_two_seeds_whose_scores_are_equal_by_chance_do_not_make_a_difference_certain() -> None:
+    first = np.zeros((2, 100))
+    first[0, :10] = first[1, 10:20] = 1
+    found = difference(Samples(first, np.ones_like(first)), Samples(np.zeros_like(first), np.ones_like(first)))
+    squares = mean_squares(first)
+    assert squares.seeds == pytest.approx(0)
+    assert squares.variance == pytest.approx(squares.rest / 200)
+    assert 0.01 < found.p_value < 1
 
 
 def test_what_cannot_be_paired_is_refused() -> None:
