@@ -40,7 +40,7 @@ def _all_scores(group: Sequence[Analysis]) -> Table:
 
 def recommendations(found: Sequence[tuple[Analysis, Recommendation | None]]) -> Table:
     """One row a block."""
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
             one.block.data,
             one.block.backbone,

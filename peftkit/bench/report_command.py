@@ -9,8 +9,6 @@ from pathlib import Path
 from peftkit.console import say
 from peftkit.errors import DataError
 
-MARGIN = 0.01
-
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """What `peftkit bench report` takes."""
@@ -19,7 +17,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where the page, Markdown and tables go (default: FOLDER/report)"
     )
     parser.add_argument(
-        "--margin", type=float, default=MARGIN, metavar="M", help=f"how far apart “as good as” may be ({MARGIN:g})"
+        "--margin", type=float, metavar="M", help="how far apart “as good as” may be (default: 0.01, one point)"
     )
     parser.add_argument(
         "--reference",
@@ -45,13 +43,13 @@ def report_command(options: argparse.Namespace) -> None:
     Raises:
         DataError: after writing, where files were damaged: the report is without them.
     """
-    from peftkit.bench.report import report
+    from peftkit.bench.report import MARGIN, report
 
     written = report(
         options.folder,
         options.out or options.folder / "report",
         options.reference,
-        options.margin,
+        MARGIN if options.margin is None else options.margin,
         options.mixed,
         options.title,
     )
