@@ -1,6 +1,6 @@
 """How long a store of many runs takes to read and to report, all figures made up.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_scale.py
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_scale
 
 1,000 cells: 4 backbones × 10 data sets × 25 methods, each with 5 trials on dev and 5 final runs of 1,000 test examples,
 so 10,000 runs. One process, one thread; files are in the disk's cache, because they have just been written.
@@ -47,7 +47,7 @@ def main() -> None:
         seconds = {name: timed(code, folder, out) for name, code in CODE.items()}
         sizes = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     document = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.bench_scale", *sys.argv[1:]]),
         "environment": describe(),
         "runs": count,
         "cells": 4 * options.data_sets * options.methods,
