@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,11 +211,33 @@ def test_a_difference_turned_round_is_its_mirror_image(seed: int) -> None:
     assert one.low < one.mean < one.high
 
 
-def test_a_method_does_not_differ_from_itself() -> None:
+def test_a_method_does_not_differ_from_itself_as_far_as_so_many_examples_can_tell() -> None:
     found = difference(answers(), answers())
-    assert (found.mean, found.low, found.high, found.p_value) == (0, 0, 0, 1)
-    constant = difference(Samples(np.ones((5, 20)), np.ones((5, 20))), Samples(np.zeros((5, 20)), np.ones((5, 20))))
-    assert (constant.mean, constant.p_value) == (1, 0)
+    unseen = scipy.stats.binomtest(0, 40).proportion_ci(0.95, "exact").high
+    assert (found.mean, found.p_value) == (0, 1)
+    assert (found.low, found.high) == pytest.approx((-unseen, unseen))
+    assert equivalence(answers(), answers(), 0.05).verdict == "undecided"
+    assert equivalence(answers(), answers(), 0.05).p_equivalent == pytest.approx(scipy.stats.binom.pmf(0, 40, 0.05))
+    assert equivalence(answers(), answers(), 0.1).verdict == "as good as"
+    losses = perplexities()
+    assert (difference(losses, losses).low, difference(losses, losses).p_value) == (0, 1)
+
+
+def test_where_every_example_tells_two_apart_there_are_still_only_so_many() -> None:
+    right, wrong = (Samples(np.full((5, 20), value), np.ones((5, 20))) for value in (1, 0))
+    found = difference(right, wrong)
+    assert found.mean == 1
+    assert found.p_value == pytest.approx(scipy.stats.binomtest(20, 20).pvalue)
+
+
+def test_two_seeds_whose_scores_are_equal_by_chance_do_not_make_a_difference_certain() -> None:
+    first = np.zeros((2, 100))
+    first[0, :10] = first[1, 10:20] = 1
+    found = difference(Samples(first, np.ones_like(first)), Samples(np.zeros_like(first), np.ones_like(first)))
+    squares = mean_squares(first)
+    assert squares.seeds == pytest.approx(0)
+    assert squares.variance == pytest.approx(squares.rest / 200)
+    assert 0.01 < found.p_value < 1
 
 
 def test_what_cannot_be_paired_is_refused() -> None:
@@ -381,7 +405,7 @@ def test_groups_overlap_where_the_middle_differs_from_neither_end() -> None:
     assert found.letters == {"a": "a", "b": "ab", "c": "bc", "d": "c"}
     assert groups("abc", matrix(3, set())).members == (("a", "b", "c"),)
     assert groups("abc", matrix(3, {(0, 1), (0, 2), (1, 2)})).members == (("a",), ("b",), ("c",))
-    assert groups([], np.ones((0, 0))).members in ((), ((),))
+    assert groups([], np.ones((0, 0))).members == ()
 
 
 @given(st.integers(1, 7), st.data())
@@ -543,6 +567,27 @@ def test_paired_tests_err_no_more_than_they_say_where_one_seed_alone_does() -> N
     apart = world.answers(0.85, common) - world.answers(0.85, common)
     assert (mean_squares(apart).p_value() <= 0.05).mean() <= 0.07  # 5 % and 2.2 standard errors
     assert (mcnemar_all(apart[:, 0]) <= 0.05).mean() > 0.15
+
+
+def test_the_published_simulation_is_nominal_and_is_what_the_docs_say() -> None:
+    root = Path(__file__).parents[1]
+    result = json.loads((root / "benchmarks/results/bench_statistics.json").read_text(encoding="utf-8"))
+    text, found = (root / "docs/statistics.md").read_text(encoding="utf-8"), result["lowest_and_highest_percent"]
+    error = result["monte_carlo_error_at_95"]
+    assert found["coverage"]["chosen"][0] > 95 - 2 * error
+    assert found["one_test"]["chosen"][1] < 5 + 2 * error
+    assert found["family"]["chosen"][1] < 5 + 2 * error
+    for low, high in found["coverage"].values():
+        assert f"| {low:.1f} | {high:.1f} |" in text
+    for name, (low, high) in found["one_test"].items():
+        least, most = found["family"][name]
+        assert f"| {low:.1f} to {high:.1f} | {least:.1f} to {most:.1f} |" in text
+    for row in result["pairs"]:
+        assert max(row["equivalence"][f"at_margin_{kind}"] for kind in ("as_good", "not_worse")) < 5 + 2 * error
+        for power_of in row["power"]["differences"]:
+            share = power_of["predicted"] / 100
+            expected = 100 * np.sqrt(share * (1 - share) / result["repetitions"])
+            assert power_of["found"] == pytest.approx(power_of["predicted"], abs=3.5 * expected)
 
 
 def test_statistics_need_no_torch() -> None:

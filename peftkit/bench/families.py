@@ -107,7 +107,7 @@ def groups(names: Sequence[str], p_matrix: ArrayLike, level: float = 0.05) -> Gr
         raise DataError(f"p values of {len(names)} different methods must be a symmetric square, not {values.shape}")
     near = values > level
     neighbours = [set(np.flatnonzero(row).tolist()) - {index} for index, row in enumerate(near)]
-    cliques = sorted(_cliques(set(), set(range(len(names))), set(), neighbours))
+    cliques = sorted(_cliques(set(), set(range(len(names))), set(), neighbours)) if len(names) else []
     letters = {
         name: "".join(_letter(index) for index, one in enumerate(cliques) if place in one)
         for place, name in enumerate(names)

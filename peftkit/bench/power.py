@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from peftkit.bench.samples import Array
 from peftkit.bench.statistics import check_level
-from peftkit.bench.variance import Components, MeanSquares
+from peftkit.bench.variance import BISECTIONS, Components, MeanSquares
 from peftkit.errors import DataError
 
 NODES = 400
@@ -23,10 +24,8 @@ def power(
     Raises DataError where several seeds are planned from components of one.
     """
     check_level("level", level)
-    squares, error = _planned(components, seeds, examples)
-    if error == 0:
-        return float(effect != 0)
-    return float(_found(squares, error, abs(effect), level / comparisons))
+    needed, error = _planned(components, seeds, examples, level / comparisons)
+    return _found(needed, error, abs(effect)) if error > 0 else float(effect != 0)
 
 
 def smallest_detectable(
@@ -40,43 +39,39 @@ def smallest_detectable(
     """The smallest true difference that is found with probability `power`; see the function of that name."""
     check_level("level", level)
     check_level("power", power)
-    squares, error = _planned(components, seeds, examples)
+    needed, error = _planned(components, seeds, examples, level / comparisons)
     if error == 0:
         return 0.0
     low, high = 0.0, error
-    while _found(squares, error, high, level / comparisons) < power:
+    while _found(needed, error, high) < power:
         low, high = high, 2 * high
-    for _ in range(50):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        enough = _found(squares, error, middle, level / comparisons) >= power
-        low, high = (low, middle) if enough else (middle, high)
+        low, high = (low, middle) if _found(needed, error, middle) >= power else (middle, high)
     return high
 
 
-def _found(squares: MeanSquares, error: float, effect: float, level: float) -> float:
+def _found(needed: Array, error: float, effect: float) -> float:
     from scipy.special import ndtr
 
-    needed = squares.critical(level) * np.sqrt(squares.variance)
     return float((ndtr((effect - needed) / error) + ndtr((-effect - needed) / error)).mean())
 
 
-def _planned(components: Components, seeds: int, examples: int) -> tuple[MeanSquares, float]:
-    """Mean squares that the plan may show, all equally probable, and the true standard error."""
+def _planned(components: Components, seeds: int, examples: int, level: float) -> tuple[Array, float]:
+    """Differences that will be needed at `level`, all equally probable, and the true standard error."""
     from scipy.special import chdtri
 
     if seeds < 1 or examples < 2:
         raise DataError(f"{seeds} seeds and {examples} examples: one seed and two examples at least")
     if seeds > 1 and not components.several_seeds:
         raise DataError("how much seeds differ cannot be known from one seed: run a second, or plan with one")
-    seed_square = examples * components.seeds + components.rest if seeds > 1 else 0.0
-    rest = components.rest if seeds > 1 else 0.0
-    example_square = seeds * components.examples + components.rest
-    variance = (seed_square + example_square - rest) / (seeds * examples)
-    if seeds == 1:
-        variance += components.seeds  # one seed's luck looks like an effect, and the test cannot see it
+    # one seed's luck looks like an effect: it is in the error of the difference and not in what the test sees
+    variance = components.seeds / seeds + components.examples / examples + components.rest / (seeds * examples)
+    seed_square, rest = (examples * components.seeds + components.rest, components.rest) if seeds > 1 else (0.0, 0.0)
     probable = np.ones(1)
     if seeds > 1:
         probable = chdtri(seeds - 1, (np.arange(NODES) + 0.5) / NODES) / (seeds - 1)
     same = np.ones_like(probable)
+    example_square = seeds * components.examples + components.rest
     squares = MeanSquares(0 * same, seed_square * probable, example_square * same, rest * same, (seeds, examples))
-    return squares, float(np.sqrt(variance))
+    return squares.critical(level) * np.sqrt(squares.variance), float(np.sqrt(variance))

@@ -1,4 +1,17 @@
-"""What may be concluded from a few seeds on one test set: intervals, differences, and "as good as"."""
+"""What may be concluded from a few seeds on one test set: intervals, differences, and "as good as".
+
+Chosen by simulation: benchmarks/bench_statistics.py, whose result has all figures. For 5 seeds that spread by 0 to 2
+points, 600 and 1,300 examples, accuracies of 0.85 and 0.97 and a micro F1 of 0.81, 95 % intervals hold the truth in
+
+- 94.7-97.0 %: two-way random effects, critical value of Cochran and Cox, logit scale; this is `interval`;
+- 90.0-97.0 % without the logit scale, 88.5-96.1 % with Satterthwaite's degrees of freedom too;
+- 84.2-97.3 %: percentile bootstrap over seeds and examples; 87.4-98.8 % stretched by √(S / (S − 1));
+- 65.3-90.7 %: t over seeds, which share their examples; 47.9-95.2 %: normal, over examples alone.
+
+Equal methods are told apart at 5 % in 3.7-4.6 % of tests by `difference`, and any of 11 after Holm in 1.8-3.9 %: a
+little too seldom, where examples count as much as seeds. Satterthwaite's degrees of freedom reach 5.8 and 9.9 %, the
+paired bootstrap 5.9 and 6.4 %, t over seeds 11.8 and 12.9 %, McNemar's test of one seed 48 and 94 %.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +105,7 @@ def interval(samples: Samples, confidence: float = 0.95) -> Interval:
     """
     check_level("confidence", confidence)
     squares = mean_squares(samples.per_example)
-    counted = int((samples.denominators.sum(axis=0) > 0).sum())
-    low, high = limits(squares, samples.scale, confidence, counted)
+    low, high = limits(squares, samples.scale, confidence, _counted(samples))
     how = f"{100 * confidence:g} % {_over(squares)}: two-way random effects"
     return Interval(samples.mean, float(low), float(high), how, confidence)
 
@@ -120,17 +132,24 @@ def difference(first: Samples, second: Samples, confidence: float = 0.95) -> Dif
 
     The values of `Samples.per_example` are subtracted seed by seed and example by example, and analysed as in
     `interval`, on the scale of the score. Raises DataError where the two cannot be paired.
+
+    Where no example of n tells two shares apart, they may still differ on up to 1 − (α / 2)^(1 / n) of all examples;
+    where every example does, alike, the sign test has p = 2 / 2ⁿ.
     """
     check_level("confidence", confidence)
     squares = paired(first, second)
     error = float(np.sqrt(squares.variance))
     half = float(squares.critical(1 - confidence)) * error
+    p_value = float(squares.p_value())
+    if error == 0 and first.scale == "logit":
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / _counted(first, second))
+        half, p_value = unseen, 1.0 if squares.grand == 0 else 2 * 0.5 ** _counted(first, second)
     mean = first.mean - second.mean
     return Difference(
         mean,
         mean - half,
         mean + half,
-        float(squares.p_value()),
+        p_value,
         error,
         squares.components,
         f"{100 * confidence:g} % {_over(squares)}, paired: two-way random effects",
@@ -143,7 +162,8 @@ def equivalence(first: Samples, second: Samples, margin: float, level: float = 0
     """Whether the first is as good as the second, within `margin` in units of the score.
 
     Two one-sided tests (Schuirmann 1987): both that the first is not worse by `margin`, and that it is not better by
-    as much, must be shown at `level`. The margin belongs to the plan of an experiment, not to its results.
+    as much, must be shown at `level`. The margin belongs to the plan of an experiment, not to its results. Where no
+    example of n tells two shares apart, p is the probability (1 − margin)ⁿ of that, were they to differ on the margin.
     """
     check_level("level", level)
     if not (np.isfinite(margin) and margin > 0):
@@ -152,6 +172,8 @@ def equivalence(first: Samples, second: Samples, margin: float, level: float = 0
     sign = -1.0 if first.lower_is_better else 1.0
     not_worse = float(above(squares, -margin, sign))
     not_better = 1 - float(above(squares, margin, sign))
+    if squares.variance == 0 and squares.grand == 0 and first.scale == "logit":
+        not_worse = not_better = max(1 - margin, 0.0) ** _counted(first, second)
     return Equivalence(sign * float(squares.grand), margin, max(not_worse, not_better), not_worse, 1 - not_worse, level)
 
 
@@ -187,6 +209,11 @@ def check_level(name: str, value: float) -> None:
     """Raise DataError unless `value` lies between 0 and 1."""
     if not 0 < value < 1:
         raise DataError(f"{name} must lie between 0 and 1, not {value}")
+
+
+def _counted(*samples: Samples) -> int:
+    """Examples on which the score of any rests."""
+    return int(np.any([one.denominators.sum(axis=0) > 0 for one in samples], axis=0).sum())
 
 
 def _exp(values: Array) -> Array:

@@ -48,8 +48,13 @@ class MeanSquares:
 
     @property
     def from_seeds(self) -> Array:
-        """The part of the grand mean's variance with S − 1 degrees of freedom: MSₛ / (S N)."""
-        return self.seeds / (self.shape[0] * self.shape[1])
+        """The part of the grand mean's variance with S − 1 degrees of freedom: MSₛ / (S N).
+
+        Scores that are counts may be equal by chance, with two seeds often: where MSₛ is 0 and seeds yet differ on
+        examples, MSᵣ stands for it, which is what it is expected to be where seeds differ in nothing else.
+        """
+        by_chance = self.seeds <= 1e-12 * self.rest
+        return np.where(by_chance, self.rest, self.seeds) / (self.shape[0] * self.shape[1])
 
     @property
     def from_examples(self) -> Array:
