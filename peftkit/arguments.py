@@ -9,6 +9,7 @@ from typing import Any
 
 from peftkit.artifact_verbs import add_combine_options, add_diff_options, add_export_options, add_extract_options
 from peftkit.artifacts.merge_command import add_merge_options
+from peftkit.bench.command import add_run_options, add_status_options
 from peftkit.console import Parser, positive
 from peftkit.launch_options import add_launch_options
 from peftkit.planning.command import add_plan_options
@@ -89,6 +90,9 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
 
     one = verb("serve", "Answer over HTTP: any number of runs or bundles over one backbone in memory.")
     add_serve_options(one)
+
+    add_run_options(verb("bench run", "Make what is left of the runs of a grid, several at a time."))
+    add_status_options(verb("bench status", "How far a grid is, cell by cell."))
 
     one = verb("params", "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

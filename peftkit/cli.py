@@ -132,6 +132,18 @@ def serve(options: argparse.Namespace) -> None:
     serve_runs(options)
 
 
+def bench_run(options: argparse.Namespace) -> None:
+    from peftkit.bench.command import run
+
+    run(options)
+
+
+def bench_status(options: argparse.Namespace) -> None:
+    from peftkit.bench.command import status
+
+    status(options)
+
+
 def params(options: argparse.Namespace) -> None:
     from peftkit.planning.chart import check_chart, draw
     from peftkit.planning.survey import survey
@@ -222,6 +234,8 @@ def _allowing(run: Any, names: Sequence[str]) -> Any:
 
 def _run(arguments: list[str]) -> None:
     parser, verbs = _parsers()
+    if arguments[:1] == ["bench"]:
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     if not arguments or arguments[0] not in verbs:
         if arguments and not arguments[0].startswith("-"):
             from peftkit.schema import did_you_mean
@@ -246,6 +260,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         bundle,
         card,
         serve,
+        bench_run,
+        bench_status,
         combine,
         diff,
         extract,
@@ -255,7 +271,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         fetch,
         schema,
     )
-    named = {command.__name__: command for command in commands}
+    named = {command.__name__.replace("_", " "): command for command in commands}
     return parsers(named | {"ls": list_recipes, "cp": copy_config, "env": environment})
 
 

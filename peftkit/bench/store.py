@@ -187,6 +187,11 @@ class Store:
                 "`peftkit bench run` writes it again"
             ) from None
 
+    def remove(self, name: str) -> None:
+        """Forget a run."""
+        self._record(name).unlink(missing_ok=True)
+        self._answers(name).unlink(missing_ok=True)
+
     def records(self) -> Iterator[Record]:
         """Every run that is there and whole, by id."""
         self.damaged.clear()

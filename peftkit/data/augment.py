@@ -81,6 +81,28 @@ class Swap(ByWord):
         return [word + gap for word, gap in zip(words, gaps, strict=True)]
 
 
+class Typos(ByWord):
+    """One slip of the finger in a word of three letters or more: two letters swapped, or one left out or doubled."""
+
+    kind: Literal["typos"] = "typos"
+
+    def change(self, words: list[str], gaps: list[str], chance: random.Random) -> list[str]:
+        long = [index for index, word in enumerate(words) if (match := WORD.match(word)) and len(match[2]) > 2]
+        for index in chance.sample(long, min(self._count(words), len(long))):
+            match = WORD.match(words[index])
+            assert match is not None
+            words[index] = f"{match[1]}{_mistyped(match[2], chance)}{match[3]}"
+        return [word + gap for word, gap in zip(words, gaps, strict=True)]
+
+
+def _mistyped(word: str, chance: random.Random) -> str:
+    at = chance.randrange(len(word) - 1)
+    slip = chance.randrange(3)
+    if slip == 0:
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return word[:at] + word[at + 1 :] if slip == 1 else word[: at + 1] + word[at:]
+
+
 class Synonyms(ByWord):
     """English words are replaced by others of a meaning in WordNet, which nltk reads; stop words stay.
 
@@ -131,7 +153,7 @@ class BackTranslation(Augmentation):
         return [new if new.strip() else old for new, old in zip(found, texts, strict=True)]
 
 
-AnyAugmentation = Annotated[Deletion | Swap | Synonyms | BackTranslation, Field(discriminator="kind")]
+AnyAugmentation = Annotated[Deletion | Swap | Typos | Synonyms | BackTranslation, Field(discriminator="kind")]
 
 
 def augmented(train: Rows, columns: Sequence[str], operations: Sequence[Augmentation]) -> tuple[Rows, str]:
@@ -160,17 +182,22 @@ def augmented(train: Rows, columns: Sequence[str], operations: Sequence[Augmenta
 
 def _copies(train: Rows, columns: Sequence[str], operation: Augmentation, seed: str) -> Rows:
     """One changed copy of each row in which something did change."""
+    changed = changed_rows(train, columns, operation, seed)
+    return changed.take(i for i, record in enumerate(changed.records) if record != train.records[i])
+
+
+def changed_rows(rows: Rows, columns: Sequence[str], operation: Augmentation, seed: str) -> Rows:
+    """Every row with the texts of these columns changed, or as it was where there is nothing to change."""
     changed = {}
     for column in columns:
-        texts = [record[column] for record in train.records]
+        texts = [record[column] for record in rows.records]
         wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
         if wrong is not None:
-            raise DataError(f"{train.where(wrong)}: no text in '{column}'; remove the row or fill it in")
+            raise DataError(f"{rows.where(wrong)}: no text in '{column}'; remove the row or fill it in")
         chances = [random.Random(f"{seed}/{column}/{index}") for index in range(len(texts))]
         changed[column] = operation.changed(texts, chances)
-    records = [record | {column: changed[column][i] for column in columns} for i, record in enumerate(train.records)]
-    kept = [i for i, record in enumerate(records) if record != train.records[i]]
-    return replace(train, records=[records[i] for i in kept], places=[train.places[i] for i in kept])
+    records = [record | {column: changed[column][i] for column in columns} for i, record in enumerate(rows.records)]
+    return replace(rows, records=records)
 
 
 def wordnet() -> Any:

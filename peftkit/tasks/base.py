@@ -22,6 +22,7 @@ from peftkit.metrics.extra import AnyMetric
 from peftkit.schema import Section, nearest
 from peftkit.tasks.losses import AnyLoss, CrossEntropy, summed_loss
 from peftkit.tasks.outputs import Outputs, divergences
+from peftkit.tasks.scores import Counts, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,30 +60,6 @@ class Encoded:
         return [len(example["input_ids"]) for example in self.examples]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How good a set of predictions is."""
-
-    headline: str
-    """The name in `values` that early stopping watches."""
-    values: dict[str, float]
-    per_class: list[dict[str, Any]] = field(default_factory=list)
-    """One row a class or entity type: name, precision, recall, f1, support."""
-    examples: int = 0
-    lower_is_better: bool = False
-    """Of the headline: true of losses, errors and perplexity."""
-
-    @property
-    def value(self) -> float:
-        """The headline figure."""
-        return self.values[self.headline]
-
-    @property
-    def goodness(self) -> float:
-        """The headline figure with the sign that makes more better."""
-        return -self.value if self.lower_is_better else self.value
-
-
 class Task(Section, ABC):
     """What is to be learnt, from which columns of which data."""
 
@@ -96,7 +73,7 @@ class Task(Section, ABC):
     averages: ClassVar[bool] = False
     """Predictions come from `logits` alone, item by item, so that those of several models have a mean."""
     augmentation: tuple[AnyAugmentation, ...] = ()
-    """What adds changed copies to the rows of train: deletion, swap, synonyms, back_translation."""
+    """What adds changed copies to the rows of train: deletion, swap, typos, synonyms, back_translation."""
 
     @model_validator(mode="after")
     def _names_its_data(self, info: ValidationInfo) -> Self:
@@ -251,6 +228,10 @@ class Task(Section, ABC):
     @abstractmethod
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         """Corpus figures of predictions for `rows`."""
+
+    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts | None:
+        """What each row adds to the headline figure; None where that is no ratio of sums over rows."""
+        return None
 
     @abstractmethod
     def rows_from_text(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Rows:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.data.files import Rows
 from peftkit.errors import DataError
-from peftkit.tasks.base import Prediction, Scores, refuse_rows, refuse_unknown
+from peftkit.tasks.base import Counts, Prediction, Scores, refuse_rows, refuse_unknown
 from peftkit.tasks.label_names import by_position, in_order, label_text
 from peftkit.tasks.losses import CrossEntropy, summed_loss
 
@@ -73,6 +73,10 @@ class Problem(ABC):
     @abstractmethod
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         """Corpus figures."""
+
+    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts | None:
+        """What each row adds to the headline figure; None where that is no ratio of sums over rows."""
+        return None
 
     @abstractmethod
     def majority(self, train: Rows, labels: Sequence[str]) -> Prediction:
@@ -156,6 +160,11 @@ class SingleLabel(Problem):
         values = ClassificationReport(labels=labels).compute(predictions=answers, references=targets)
         per_class = values.pop("per_class")
         return Scores(self.headline, values, per_class, len(answers))
+
+    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts:
+        """Right answers, of one a row."""
+        pairs = zip(predictions, self.references(rows, labels), strict=True)
+        return Counts([float(one["label"] == reference) for one, reference in pairs], [1.0] * len(rows))
 
     def majority(self, train: Rows, labels: Sequence[str]) -> Prediction:
         winner = Counter(self.references(train, labels)).most_common(1)[0][0]

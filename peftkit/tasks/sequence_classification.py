@@ -11,7 +11,7 @@ from peftkit.backbones.load import Head
 from peftkit.data.files import Rows
 from peftkit.engine.last_block import reading_texts
 from peftkit.errors import UsageError
-from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task
+from peftkit.tasks.base import Batch, Counts, Encoded, Example, Prediction, Scores, Task
 from peftkit.tasks.columns import texts_in
 from peftkit.tasks.label_names import distinct
 from peftkit.tasks.losses import AnySequenceLoss, BinaryCrossEntropy, CrossEntropy, SquaredError
@@ -161,6 +161,9 @@ class SequenceClassification(Task):
 
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         return self.meaning.score(predictions, rows, labels)
+
+    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts | None:
+        return self.meaning.counts(predictions, rows, labels)
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]

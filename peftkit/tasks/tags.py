@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 from peftkit.data.files import Rows
 from peftkit.errors import DataError
-from peftkit.tasks.base import Scores, refuse_rows, refuse_unknown
+from peftkit.tasks.base import Counts, Scores, refuse_rows, refuse_unknown
 from peftkit.tasks.label_names import by_position, label_text
 from peftkit.tasks.tagging_schemes import (
     ENTITY_TAG,
@@ -78,6 +79,10 @@ class Tags(ABC):
     def score(self, predicted: Sequence[Sequence[str]], rows: Rows, labels: Sequence[str]) -> Scores:
         """Corpus figures."""
 
+    @abstractmethod
+    def counts(self, predicted: Sequence[Sequence[str]], rows: Rows, labels: Sequence[str]) -> Counts:
+        """What each row adds to the headline figure."""
+
     def spellings(self, labels: Sequence[str]) -> Sequence[str]:
         """Of what `labels` stand for, all that the data may have."""
         return labels
@@ -124,6 +129,12 @@ class PlainTags(Tags):
         values = ClassificationReport(labels=labels).compute(predictions=answers, references=targets)
         per_class = values.pop("per_class")
         return Scores(self.headline, values, per_class, len(predicted))
+
+    def counts(self, predicted: Sequence[Sequence[str]], rows: Rows, labels: Sequence[str]) -> Counts:
+        """Right tags, of one a word."""
+        pairs = list(zip(predicted, self.references(rows, labels), strict=True))
+        right = [float(sum(map(operator.eq, found, reference))) for found, reference in pairs]
+        return Counts(right, [float(len(reference)) for _, reference in pairs])
 
     def notes(self, rows: Rows) -> tuple[str, ...]:
         found = {tag for tags in self.texts(rows) for tag in tags} - {OUTSIDE}
@@ -188,6 +199,16 @@ class EntityTags(Tags):
         values = report.compute(predictions=found, references=references)
         per_class = values.pop("per_class")
         return Scores(self.headline, values, per_class, len(found))
+
+    def counts(self, predicted: Sequence[Sequence[str]], rows: Rows, labels: Sequence[str]) -> Counts:
+        """F1 over all rows: 2 · entities that are right, of those that were found and those that there are."""
+        scheme = "bio" if self.scheme == "io" else self.scheme
+        found, references = (
+            [set(entity_spans(tags, scheme)) for tags in split] for split in self.metric_inputs(predicted, rows, labels)
+        )
+        pairs = list(zip(found, references, strict=True))
+        right = [2.0 * len(one & other) for one, other in pairs]
+        return Counts(right, [float(len(one) + len(other)) for one, other in pairs])
 
     def notes(self, rows: Rows) -> tuple[str, ...]:
         found = self._entity_tags(rows)

@@ -13,7 +13,7 @@ from peftkit.backbones.load import Head
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.errors import UsageError
-from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.base import Batch, Counts, Encoded, Example, Prediction, Scores, Task, refuse_rows
 from peftkit.tasks.label_names import distinct
 from peftkit.tasks.tagging_schemes import OUTSIDE, Scheme, inside_of
 from peftkit.tasks.tags import MISSING, EntityTags, PlainTags, Tags, check_lists
@@ -175,6 +175,9 @@ class TokenClassification(Task):
 
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         return self.meaning.score([prediction["tags"] for prediction in predictions], self._aligned(rows), labels)
+
+    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts:
+        return self.meaning.counts([prediction["tags"] for prediction in predictions], self._aligned(rows), labels)
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]
