@@ -227,7 +227,7 @@ def _errors(report: CombineReport | ExtractReport) -> list[str]:
 
 
 def _different(report: DiffReport) -> str:
-    from peftkit.report import table
+    from peftkit.tables import table
 
     lines = [f"A {report.runs[0]}", f"B {report.runs[1]}"]
     lines.append(table([["ΔW of", "‖A‖", "‖B‖", "cosine"], *map(_row, (*report.parameters, report.whole))]))

@@ -168,7 +168,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def fetch(options: argparse.Namespace) -> None:
     from peftkit.backbones import bundled
-    from peftkit.report import table
+    from peftkit.tables import table
 
     if options.list or not options.names:
         rows = [[f"bundled:{b.name}", b.kind, b.license, b.summary] for b in bundled.BUNDLES.values()]

@@ -18,6 +18,7 @@ from peftkit.methods.base import numel, trained_parameters
 from peftkit.planning.announced import expect_memory
 from peftkit.planning.estimate import in_gib
 from peftkit.session import run_folder
+from peftkit.tables import table
 from peftkit.tasks.base import Scores
 from peftkit.training.optimizer import is_unpaged
 
@@ -122,16 +123,6 @@ def scores_table(evaluations: Mapping[str, Scores], title: str) -> str:
         for label, scores in evaluations.items()
     ]
     return table([[title, *names], *rows])
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Plain aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def counts_table(answers: Sequence[Answer]) -> str:

@@ -59,6 +59,8 @@ LAYERS = (
         "peftkit.disk",
         "peftkit.environment",
         "peftkit.memory",
+        "peftkit.pages",
+        "peftkit.tables",
         "peftkit.tensor_files",
     ),
 )

@@ -1,14 +1,14 @@
 """The report of an audit as one HTML file that needs nothing else.
 
-Everything that comes from the data is escaped, and the file's own policy forbids scripts and any network.
+Everything that comes from the data is escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from peftkit.audit.outcome import Report, Shown, SplitReport
+from peftkit.pages import document, safe, table
 
 WIDTH, HEIGHT, GAP = 560, 140, 2
 LABELS = 60
@@ -17,44 +17,28 @@ PLACES = 10
 LONGEST = 3000
 """Characters of an example that are shown."""
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #b9c4cf; font-weight: 600; }
 .finding { border-left: 4px solid #8aa; padding: .2rem .8rem; margin: .6rem 0; background: #f5f7f9; }
 .error, .stop { border-color: #c0392b; } .warning { border-color: #d4a017; } .note { border-color: #4a90a4; }
 .example { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f7f9; padding: .5rem .8rem; margin: .5rem 0; }
-mark { background: #c8ecd0; } mark sup { color: #1e6b34; } code { font-size: .85em; } rect { fill: #4a78b5; }
-text { font: 11px system-ui, sans-serif; fill: #44525f; }
+mark { background: #c8ecd0; } mark sup { color: #1e6b34; } rect { fill: #4a78b5; }
 """
 
 
 def page(report: Report, title: str) -> str:
     """A whole page."""
     parts = [
-        f"<h1>{_safe(title)}</h1>",
+        f"<h1>{safe(title)}</h1>",
         "<h2>Findings</h2>",
         *(_finding(one) for one in _as_dicts(report)),
         "" if report.findings else "<p>No findings.</p>",
-        *(f"<p>{_safe(note)}</p>" for note in report.notes),
+        *(f"<p>{safe(note)}</p>" for note in report.notes),
         "<h2>Splits</h2>",
         _figures(report.splits),
         *(_charts(split) for split in report.splits),
         "<h2>Examples</h2>" if report.examples else "",
         *(_example(one) for one in report.examples),
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>{_safe(title)}</title><style>{STYLE}</style>"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
-
-
-def _safe(text: object) -> str:
-    """Escaped, with what no HTML may hold as its escape."""
-    shown = "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in str(text))
-    return escape(shown)
+    return document(title, STYLE, parts)
 
 
 def _as_dicts(report: Report) -> Iterable[dict[str, str]]:
@@ -69,9 +53,9 @@ def _as_dicts(report: Report) -> Iterable[dict[str, str]]:
 
 
 def _finding(one: dict[str, str]) -> str:
-    places = f"<br><code>{_safe(one['places'])}</code>" if one["places"] else ""
-    head = f"<b>{_safe(one['name'])}</b> ({_safe(one['severity'])})"
-    return f'<div class="finding {_safe(one["severity"])}">{head} {_safe(one["what"])}{places}</div>'
+    places = f"<br><code>{safe(one['places'])}</code>" if one["places"] else ""
+    head = f"<b>{safe(one['name'])}</b> ({safe(one['severity'])})"
+    return f'<div class="finding {safe(one["severity"])}">{head} {safe(one["what"])}{places}</div>'
 
 
 def _figures(splits: Sequence[SplitReport]) -> str:
@@ -86,19 +70,14 @@ def _figures(splits: Sequence[SplitReport]) -> str:
         for split in splits
     ]
     last = ("cut", "dropped", "tokens learnt", "end learnt")
-    return _table([["split", "rows", "examples", "tokens", *names, *last], *rows])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead>{head.replace('td>', 'th>')}</thead><tbody>{''.join(body)}</tbody></table>"
+    return table([["split", "rows", "examples", "tokens", *names, *last], *rows])
 
 
 def _charts(split: SplitReport) -> str:
     lengths = [(f"{start:,}", count) for start, count in split.histogram]
     labels = sorted(split.labels.items(), key=lambda item: -item[1])[:LABELS]
-    charts = f"<h3>{_safe(split.name)}: tokens of an example</h3>{columns(lengths)}" if lengths else ""
-    return charts + (f"<h3>{_safe(split.name)}: labels</h3>{bars(labels)}" if labels else "")
+    charts = f"<h3>{safe(split.name)}: tokens of an example</h3>{columns(lengths)}" if lengths else ""
+    return charts + (f"<h3>{safe(split.name)}: labels</h3>{bars(labels)}" if labels else "")
 
 
 def columns(values: Sequence[tuple[str, int]]) -> str:
@@ -108,9 +87,9 @@ def columns(values: Sequence[tuple[str, int]]) -> str:
     for index, (name, count) in enumerate(values):
         height = HEIGHT * count / max(1, most)
         shape = f'x="{index * width:.1f}" y="{HEIGHT - height:.1f}" width="{width - GAP:.1f}" height="{height:.1f}"'
-        parts.append(f"<rect {shape}><title>{_safe(name)}: {count:,}</title></rect>")
+        parts.append(f"<rect {shape}><title>{safe(name)}: {count:,}</title></rect>")
         if index % 4 == 0:
-            parts.append(f'<text x="{index * width:.1f}" y="{HEIGHT + 14}">{_safe(name)}</text>')
+            parts.append(f'<text x="{index * width:.1f}" y="{HEIGHT + 14}">{safe(name)}</text>')
     return f'<svg width="{WIDTH}" height="{HEIGHT + 20}" role="img">{"".join(parts)}</svg>'
 
 
@@ -121,20 +100,20 @@ def bars(values: Sequence[tuple[str, int]]) -> str:
     for index, (name, count) in enumerate(values):
         top, width = index * 18, (WIDTH - 260) * count / most
         shown = name if len(name) <= 30 else f"{name[:29]}…"
-        parts.append(f'<text x="0" y="{top + 12}">{_safe(shown)}</text>')
+        parts.append(f'<text x="0" y="{top + 12}">{safe(shown)}</text>')
         parts.append(f'<rect x="190" y="{top + 2}" width="{width:.1f}" height="13"></rect>')
         parts.append(f'<text x="{195 + width:.1f}" y="{top + 12}">{count:,} ({100 * count / total:.1f} %)</text>')
     return f'<svg width="{WIDTH}" height="{18 * len(values) + 4}" role="img">{"".join(parts)}</svg>'
 
 
 def _example(example: Shown) -> str:
-    return f'<code>{_safe(example.where)}</code><div class="example">{"".join(_pieces(example))}</div>'
+    return f'<code>{safe(example.where)}</code><div class="example">{"".join(_pieces(example))}</div>'
 
 
 def _pieces(example: Shown) -> Iterable[str]:
     left = LONGEST
     for text, mark in example.pieces:
-        label = "" if mark in ("", "learnt") else f"<sup>{_safe(mark)}</sup>"
-        shown = _safe(text[:left])
+        label = "" if mark in ("", "learnt") else f"<sup>{safe(mark)}</sup>"
+        shown = safe(text[:left])
         yield f"<mark>{shown}{label}</mark>" if mark else shown
         left = max(0, left - len(text))

@@ -96,7 +96,7 @@ def _tell_damaged(damaged: dict[str, str]) -> None:
 
 
 def _tell(state: State, folder: Path, as_json: bool) -> None:
-    from peftkit.report import table
+    from peftkit.tables import table
 
     rows = [_row(state, cell, found) for cell, found in state.cells]
     if as_json:

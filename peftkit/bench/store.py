@@ -1,23 +1,24 @@
 """What came of the runs of a grid, one file each, so that nothing finished is done again. Imports nothing heavy.
 
 A folder of results holds `runs/<id>.json` (a `Record`) and, of runs that were scored on test, `answers/<id>.json.gz`
-(its `Answers`). Both are written whole or not at all, a record after its answers.
+(its `Answers`). Both are written whole or not at all, a record after its answers. `planned.json` names the cells that
+were asked for, so that a report shows what is missing.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from peftkit.disk import whole_file
 from peftkit.errors import UsageError
 from peftkit.schema import Section
 
-RUNS, ANSWERS = "runs", "answers"
+RUNS, ANSWERS, PLANNED = "runs", "answers", "planned.json"
 Phase = Literal["trial", "final"]
 
 
@@ -40,6 +41,16 @@ class Key(Section):
     def cell(self) -> tuple[str, str, str, str]:
         """(backbone, data, budget, method): what differs within it are seeds and learning rates."""
         return (self.backbone, self.data, self.budget, self.method)
+
+
+class Planned(Section):
+    """A cell of a grid, and the seeds that its final runs are to have."""
+
+    backbone: str
+    data: str
+    budget: str
+    method: str
+    seeds: tuple[int, ...]
 
 
 class Score(Section):
@@ -136,6 +147,9 @@ class Answers(Section):
     transform: Literal["identity", "exp"] = "identity"
 
 
+_PLAN = TypeAdapter(tuple[Planned, ...])
+
+
 class Store:
     """A folder of results."""
 
@@ -152,6 +166,26 @@ class Store:
                 partial.write_bytes(packed)
         with whole_file(self._record(record.id)) as partial:
             partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def plan(self, cells: Iterable[Planned]) -> None:
+        """Keep which cells were asked for, in the order in which a report shows their methods."""
+        with whole_file(self.folder / PLANNED) as partial:
+            partial.write_bytes(_PLAN.dump_json(tuple(cells), indent=1) + b"\n")
+
+    def planned(self) -> tuple[Planned, ...]:
+        """The cells that were asked for; none where nobody said.
+
+        Raises:
+            UsageError: a damaged file.
+        """
+        file = self.folder / PLANNED
+        try:
+            return _PLAN.validate_json(file.read_bytes()) if file.exists() else ()
+        except ValidationError as error:
+            raise UsageError(
+                f"{file}: not a list of planned cells ({_short(error)}); remove it, and "
+                "`peftkit bench run` writes it again"
+            ) from None
 
     def remove(self, name: str) -> None:
         """Forget a run."""
