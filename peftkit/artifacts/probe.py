@@ -115,9 +115,9 @@ def _ending(task: Task, example: Example) -> Example:
     return example | {"labels": [label if position in kept else IGNORED for position, label in enumerate(labels)]}
 
 
-def digests(model: nn.Module, cast: dtype) -> dict[str, str]:
-    """A hash of each tensor of a model, by its name there, once its floating point numbers are cast; tied ones count
-    under each of their names."""
+def digests(model: nn.Module, cast: dtype | None) -> dict[str, str]:
+    """A hash of each tensor of a model, by its name there, once its floating point numbers are cast, if they are; tied
+    ones count under each of their names."""
     known: dict[int, str] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -127,7 +127,7 @@ def digests(model: nn.Module, cast: dtype) -> dict[str, str]:
     return found
 
 
-def digest(tensor: Tensor, cast: dtype) -> str:
+def digest(tensor: Tensor, cast: dtype | None) -> str:
     """A hash of the bytes of a tensor, of which floating point numbers are cast before."""
-    values = tensor.to(cast) if tensor.is_floating_point() else tensor
+    values = tensor.to(cast) if cast is not None and tensor.is_floating_point() else tensor
     return hashlib.sha256(bytes_of(values.contiguous())).hexdigest()

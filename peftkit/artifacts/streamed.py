@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
 from peftkit.artifacts.loading import SavedRun, merge_backbone, original_settings
-from peftkit.artifacts.merge import compared, told, write_report
+from peftkit.artifacts.merge import compared, told, write_report, written_bytes
 from peftkit.artifacts.proof import Expected, MergeReport, expected_of, refuse_far, refuse_other
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
@@ -74,6 +74,8 @@ def merge_streamed(
     except PeftkitError:
         shutil.rmtree(working_folder(target), ignore_errors=True)
         raise
+    size = written_bytes(working)
+    report = replace(report, bytes=size, whole_bytes=size)
     write_report(working, report, stream.manifest, leave_out=PROGRESS)
     finish(working, target)
     return report

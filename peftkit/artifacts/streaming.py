@@ -62,8 +62,13 @@ def opened(folder: Path, settings: MergeSettings) -> Stream:
     """
     manifest, run = vetted(folder)
     settings.check(run.backbone)
-    if settings.onto == "requantized":
-        raise UsageError("--requantize packs a whole model, and a merge that is streamed holds none; leave it out")
+    for option, given in (
+        ("--requantize packs", settings.onto == "requantized"),
+        ("--quantize packs", settings.pack),
+        ("--drop-layers shortens", settings.drop_layers),
+    ):
+        if given:
+            raise UsageError(f"{option} a whole model, and a merge that is streamed holds none; leave it out")
     backbone = original_settings(run.backbone, manifest, original=settings.onto == "full-precision")
     merge_backbone(run.model_copy(update={"backbone": backbone}))
     head, artifact = Head.from_dict(manifest["head"]), folder / manifest["artifact"]
