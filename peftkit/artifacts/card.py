@@ -10,6 +10,7 @@ from typing import Any
 
 from peftkit.artifacts.manifest import read_manifest
 from peftkit.artifacts.merge import REPORT
+from peftkit.artifacts.merge_command import sizes, smaller
 from peftkit.artifacts.store import PREDICTIONS
 from peftkit.backbones.bundled import BUNDLES
 from peftkit.backbones.runs import RUN_FILE
@@ -144,11 +145,13 @@ def _merge(report: dict[str, Any]) -> str:
             f"- {report['layers']:,} adapted layers compute the same, to {report['layer_difference']:.2g} relative "
             f"({settings['layer_tolerance']:g} allowed)"
         )
+    if less := smaller(settings):
+        lines.append(f"- {' and '.join(less)}: {sizes(report)}")
     if rows:
+        limit = f"{report['tolerance']:g} allowed" if settings["limited"] else "measured, and not limited"
         lines += [
             f"- compared on {rows:,} of {report['examples']:,} rows of {settings['probe']}: largest difference of a "
-            f"logit {report['largest_difference']:.2g}, relative {report['relative']:.2g} ({report['tolerance']:g} "
-            "allowed)",
+            f"logit {report['largest_difference']:.2g}, relative {report['relative']:.2g} ({limit})",
             f"- {report['equal_predictions']:,} of {rows:,} predictions equal",
         ]
     if score := report["score"]:

@@ -110,9 +110,10 @@ def smaller(settings: dict[str, Any]) -> list[str]:
     )
 
 
-def _sizes(report: MergeReport) -> str:
-    dtype = report.settings["dtype"]
-    return f"{report.bytes / 2**20:,.1f} MiB, where the whole model takes {report.whole_bytes / 2**20:,.1f} in {dtype}"
+def sizes(report: dict[str, Any]) -> str:
+    """What was written beside what the whole model takes."""
+    written, whole = (report[name] / 2**20 for name in ("bytes", "whole_bytes"))
+    return f"{written:,.1f} MiB, where the whole model takes {whole:,.1f} in {report['settings']['dtype']}"
 
 
 def shown(report: MergeReport, target: Path) -> str:
@@ -140,7 +141,7 @@ def shown(report: MergeReport, target: Path) -> str:
     if report.score:
         lines.append(f"{report.score['name']} {report.score['before']:.6g} before, {report.score['after']:.6g} after")
     if less := smaller(settings):
-        lines.append(f"{' and '.join(less)}: {_sizes(report)}")
+        lines.append(f"{' and '.join(less)}: {sizes(vars(report))}")
     if report.rows < report.examples:
         lines.append(
             f"compared on the first {report.rows:,} of {report.examples:,} examples; memory is set aside for no more"

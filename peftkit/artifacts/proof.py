@@ -173,7 +173,7 @@ def _faults_of_weights(expected: Expected, found: Mapping[str, Any]) -> Iterator
         return
     if odd := sorted(expected.tensors.items() ^ found["tensors"].items()):
         names = list(dict.fromkeys(name for name, _ in odd))
-        yield f"{len(names)} weights are not W + ΔW, cast or packed once, such as '{names[0]}'"
+        yield f"{len(names)} weights are not W + ΔW, cast once or packed, such as '{names[0]}'"
 
 
 def _stale(files: list[str]) -> Iterator[str]:
