@@ -24,6 +24,7 @@ from peftkit.artifacts.proof import (
 )
 from peftkit.artifacts.requantize import TOLERANCE as PACKED
 from peftkit.artifacts.requantize import check_rows, save_packed
+from peftkit.artifacts.rounding import round_model
 from peftkit.artifacts.settings import BESIDE, BYTES, MergeSettings
 from peftkit.artifacts.target import check_new_folder
 from peftkit.backbones.load import save_tokenizer
@@ -182,7 +183,7 @@ def write_merged(merged: Any, saved: SavedRun, folder: Path, settings: MergeSett
     weights = {} if packing else digests(merged, getattr(torch, dtype))
     expected = expected_of(merged, saved.tokenizer, saved.head, dtype, is_tied(merged), weights)
     with quiet_libraries():
-        cast = merged.to(getattr(torch, dtype))
+        cast: Any = round_model(merged, getattr(torch, dtype))
         if packing:
             packed = save_packed(cast, saved.head.model_class, packing, folder, settings.shard_bytes)
             expected = replace(expected, tensors=packed)
@@ -214,7 +215,7 @@ def _reference(merged: Any, saved: SavedRun, split: Split, settings: MergeSettin
 
     model, packing = merged, settings.packing(saved.run.backbone)
     if packing:
-        model = copy.deepcopy(merged).to(getattr(torch, settings.dtype_for(saved.run.backbone)))
+        model = round_model(copy.deepcopy(merged), getattr(torch, settings.dtype_for(saved.run.backbone)))
         quantize(model, saved.backbone.layout, packing)
     return ask(model, saved.run, split, scored=False, examples=len(before.logits))
 

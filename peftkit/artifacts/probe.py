@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.checkpoints import bytes_of
+from peftkit.artifacts.rounding import rounded
 from peftkit.backbones.load import Head
 from peftkit.config import Run
 from peftkit.data.collate import IGNORED, collate
@@ -129,5 +130,5 @@ def digests(model: nn.Module, cast: dtype | None) -> dict[str, str]:
 
 def digest(tensor: Tensor, cast: dtype | None) -> str:
     """A hash of the bytes of a tensor, of which floating point numbers are cast before."""
-    values = tensor.to(cast) if cast is not None and tensor.is_floating_point() else tensor
+    values = tensor if cast is None else rounded(tensor, cast)
     return hashlib.sha256(bytes_of(values.contiguous())).hexdigest()

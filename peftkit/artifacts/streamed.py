@@ -14,6 +14,7 @@ from peftkit.artifacts.fresh_process import Rereader, fresh_process
 from peftkit.artifacts.loading import SavedRun, merge_backbone, original_settings
 from peftkit.artifacts.merge import compared, told, write_report, written_bytes
 from peftkit.artifacts.proof import Expected, MergeReport, expected_of, refuse_far, refuse_other
+from peftkit.artifacts.rounding import rounded
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
 from peftkit.artifacts.target import check_new_folder
@@ -170,7 +171,7 @@ def _refuse_changed(stream: Stream, files: Checkpoint, own: str, name: str) -> N
 
     cast = getattr(torch, stream.dtype)
     pieces = stream.layers.parts(own)
-    expected = (piece.to(cast) if piece.is_floating_point() else piece for piece in pieces)
+    expected = (rounded(piece, cast) for piece in pieces)
     # a tensor of the run comes in one piece
     numbers = (part for one in expected for part in one.reshape(-1).split(PIECE))
     for wanted, found in zip(numbers, files.parts(name), strict=True):

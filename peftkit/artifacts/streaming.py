@@ -17,6 +17,7 @@ from peftkit.artifacts.checkpoints import NAMES, Checkpoint, write_file
 from peftkit.artifacts.hollow import Hollow, hollow
 from peftkit.artifacts.layers import Layers
 from peftkit.artifacts.loading import merge_backbone, original_settings
+from peftkit.artifacts.rounding import rounded
 from peftkit.artifacts.settings import BESIDE, MergeSettings
 from peftkit.artifacts.vetting import vetted
 from peftkit.backbones.load import BackboneSettings, Head, save_tokenizer
@@ -102,7 +103,7 @@ def write(stream: Stream, target: Path, settings: MergeSettings) -> Path:
 
     def made(name: str) -> Iterator[Tensor]:
         for piece in stream.layers.parts(stream.source.saved[name]):
-            yield piece.to(cast) if piece.is_floating_point() else piece
+            yield rounded(piece, cast)
 
     with torch.no_grad():
         for file, names in files.items():
