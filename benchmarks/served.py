@@ -1,4 +1,4 @@
-"""A service over eight small runs on one backbone, for the benchmarks that put it under load or feed it nonsense."""
+"""A service over small runs on one backbone, for the benchmarks that put it under load or feed it nonsense."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,23 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "entities_small": ("words", {"kind": "lora", "rank": 4, "targets": "attention"}),
     "answers": ("answers", {"kind": "lora", "rank": 8}),
 }
-"""Name, kind of rows, and method of each; all of them can share a batch."""
+"""On an encoder: name, kind of rows, and method of each; all of them can share a batch."""
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stories": ("prompts", {"kind": "lora", "rank": 8}),
+    "stories_small": ("prompts", {"kind": "lora", "rank": 2, "targets": "query_value"}),
+    "stories_prefix": ("prompts", {"kind": "prefix", "length": 4}),
+    "talk": ("messages", {"kind": "lora", "rank": 8}),
+    "reader": ("text", {"kind": "lora", "rank": 8}),
+}
+"""The same on a decoder: texts that follow prompts, conversations, and one that only reads."""
 
 
-def make_runs(folder: Path, backbone: str, steps: int) -> dict[str, Path]:
-    """Train the eight runs for a few steps, where they are not there yet; a service need not know much."""
+def make_runs(
+    folder: Path, backbone: str, steps: int, runs: Mapping[str, tuple[str, dict[str, Any]]] = RUNS
+) -> dict[str, Path]:
+    """Train the runs for a few steps, where they are not there yet; a service need not know much."""
     found: dict[str, Path] = {}
-    for name, (rows, method) in RUNS.items():
+    for name, (rows, method) in runs.items():
         found[name] = folder / name
         if (found[name] / "manifest.json").is_file():
             continue
@@ -101,15 +111,25 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 def _task(folder: Path, rows: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    kind = {"words": "token_classification", "answers": "question_answering"}.get(rows, "sequence_classification")
-    files = {split: folder / f"{kind}_{split}.jsonl" for split in ("train", "dev", "test")}
-    make = {"words": _tagged, "answers": _answered}.get(rows, _labelled)
+    settings, make = _kinds()[rows]
+    files = {split: folder / f"{settings['kind']}_{split}.jsonl" for split in ("train", "dev", "test")}
     for seed, file in enumerate(files.values()):
         lines = [json.dumps(make(random.Random(f"{seed} {index}"))) for index in range(64)]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    task: dict[str, Any] = {"kind": kind, "data": {split: str(file) for split, file in files.items()}, "max_length": 64}
-    task |= {"pooling": "mean"} if rows == "mean" else {"stride": 16} if rows == "answers" else {}
-    return task
+    return {"max_length": 64} | settings | {"data": {split: str(file) for split, file in files.items()}}
+
+
+def _kinds() -> dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]]:
+    """By the kind of rows: settings of the task, and how a row is drawn."""
+    writing = {"generation": {"max_new_tokens": 12}, "max_length": 256}  # their backbone reads bytes
+    return {
+        "text": ({"kind": "sequence_classification"}, _labelled),
+        "mean": ({"kind": "sequence_classification", "pooling": "mean"}, _labelled),
+        "words": ({"kind": "token_classification"}, _tagged),
+        "answers": ({"kind": "question_answering", "stride": 16}, _answered),
+        "prompts": ({"kind": "completion"} | writing, _continued),
+        "messages": ({"kind": "chat", "template": "plain"} | writing, _talked),
+    }
 
 
 def _labelled(chance: random.Random) -> dict[str, Any]:
@@ -131,6 +151,16 @@ def _answered(chance: random.Random) -> dict[str, Any]:
         "context": context,
         "answers": {"text": [where], "answer_start": [context.rindex(where)]},
     }
+
+
+def _continued(chance: random.Random) -> dict[str, Any]:
+    first, *rest = _labelled(chance)["text"].split()
+    return {"prompt": first, "completion": f" {' '.join(rest)}"}
+
+
+def _talked(chance: random.Random) -> dict[str, Any]:
+    asked, answered = (str(_labelled(chance)["text"]) for _ in range(2))
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
 
 
 def environment_threads() -> dict[str, str]:

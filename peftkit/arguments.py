@@ -88,6 +88,10 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     )
     one.add_argument("--out", type=Path, metavar="FILE", help="write it there, as README.md (default: print it)")
 
+    power = "what the machine drew while it trained, for an estimate of the energy"
+    one.add_argument("--watts", type=float, metavar="W", help=power)
+    one.add_argument("--co2-per-kwh", type=float, metavar="G", help="grams that its grid emits, for one of emissions")
+
     one = verb("serve", "Answer over HTTP: any number of runs or bundles over one backbone in memory.")
     add_serve_options(one)
 

@@ -122,8 +122,9 @@ def bundle(options: argparse.Namespace) -> None:
 
 def card(options: argparse.Namespace) -> None:
     from peftkit.artifacts.card import write_card
+    from peftkit.artifacts.emissions import Power
 
-    say(write_card(options.run, options.merged, options.out))
+    say(write_card(options.run, options.merged, options.out, Power(options.watts, options.co2_per_kwh)))
 
 
 def serve(options: argparse.Namespace) -> None:

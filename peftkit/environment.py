@@ -15,16 +15,25 @@ def describe() -> dict[str, Any]:
     """Everything about this machine that can change a result or a speed."""
     import torch
 
+    machine = hardware()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
+        "processor": machine["processor"],
+        "cores": machine["cores"],
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpus": machine["gpus"],
         "cuda": torch.version.cuda,
         "versions": versions(),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine computes with."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus}
 
 
 def versions() -> dict[str, str]:

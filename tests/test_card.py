@@ -68,6 +68,27 @@ def test_the_card_of_a_merged_model_has_the_merge_and_loads_by_transformers(
     assert "exists" in capfd.readouterr().err
 
 
+def test_emissions_are_what_the_reader_knows_of_the_machine(
+    small_run: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run("sentiment")
+    manifest = json.loads((run / "manifest.json").read_text())
+    text = written(capfd, str(run))
+    assert "co2_eq_emissions" not in text and "were not measured" in text and "--watts W" in text
+    assert f"({manifest['hardware']['cores']} cores)" in text
+    text = written(capfd, str(run), "--watts", "2e6", "--co2-per-kwh", "300")
+    found = ModelCard(text, ignore_metadata_errors=False).data.co2_eq_emissions
+    hours = manifest["training"]["seconds"] / 3600
+    assert found["emissions"] == pytest.approx(hours * 2000 * 300, abs=1e-3)
+    assert found["source"].startswith("estimate: ") and found["training_type"] == "fine-tuning"
+    assert found["hardware_used"].endswith("cores)") and "estimated, not measured" in text
+    text = written(capfd, str(run), "--watts", "65")
+    assert "co2_eq_emissions" not in text and f"{hours * 0.065:.3g} kWh" in text
+    for options in (["--watts", "0"], ["--watts", "nan"], ["--co2-per-kwh", "300"], ["--watts", "much"]):
+        assert main(["card", str(run), *options]) == 2
+        assert options[0] in capfd.readouterr().err
+
+
 def test_a_merge_of_another_run_and_other_folders_are_refused(
     small_run: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

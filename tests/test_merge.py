@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from merging import METHODS, described, llama, made, rows
@@ -236,6 +237,36 @@ def test_float64_is_nearer_to_the_exact_sum(runs: dict[str, Path], tmp_path: Pat
     base = Path(json.loads((runs["classes"] / "manifest.json").read_text())["backbone"]["folder"])
     weight = load_file(base / "model.safetensors")[f"{LAYER}.weight"].double()
     assert torch.equal(found, (weight + 2.0 * (b @ a)).float())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_float64_is_rounded_once(dtype: Any, copied: Path, tmp_path: Path) -> None:
+    """Sums that lie 2^-40 beside the middle of two numbers, which float32 takes for the middle, as torch's own cast
+    does on its way to 16 bits; then the even number is taken, and here the odd one is nearer."""
+    base = Path(json.loads((copied / "manifest.json").read_text())["backbone"]["folder"])
+    weight = load_file(base / "model.safetensors")[f"{LAYER}.weight"].double()
+    bits = {"bfloat16": 8, "float16": 11}[dtype]
+    mantissas, exponents = numpy.frexp(weight[0].numpy())
+    middles = numpy.ldexp(
+        2 * numpy.trunc(numpy.ldexp(mantissas, bits - 1)) + numpy.sign(mantissas) / 2, exponents - bits
+    )
+    file = copied / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    a, b = (tensors[f"base_model.model.{LAYER}.lora_{one}.weight"].zero_() for one in "AB")
+    a[0], a[1] = torch.from_numpy(middles) - weight[0], torch.from_numpy(numpy.ldexp(middles, -40))
+    b[0, :2] = 0.5  # the scale is 2
+    save_file(tensors, file, {"format": "pt"})
+    signed(copied)
+    settings = MergeSettings(precision="float64", dtype=dtype)
+    merge(load_run(copied), tmp_path / "out", rows("classes"), settings)
+    found = load_file(tmp_path / "out" / "model.safetensors")[f"{LAYER}.weight"][0].double()
+    exact = (weight[0] + a[0].double() + a[1].double()).numpy()
+    nearest = numpy.ldexp(numpy.rint(numpy.ldexp(numpy.frexp(exact)[0], bits)), numpy.frexp(exact)[1] - bits)
+    assert (nearest != weight[0].float().numpy()).any() and (exact != middles).all()
+    assert (found.numpy() == nearest).all()
+    assert not torch.equal(torch.from_numpy(exact).to(getattr(torch, dtype)).double(), found)
+    merge_streamed(copied, tmp_path / "streamed", settings)
+    assert file_sha256(tmp_path / "streamed" / "model.safetensors") == file_sha256(tmp_path / "out/model.safetensors")
 
 
 def test_the_report_has_the_figures(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -530,6 +530,19 @@ def test_text_is_streamed_as_it_is_written(writers: Registry, open_client: Calla
         assert (refused.status_code, said in refused.json()["error"]) == (413, True), refused.text
 
 
+def test_the_document_says_what_the_events_of_a_stream_are(
+    writers: Registry, open_client: Callable[..., TestClient]
+) -> None:
+    client = open_client(writers)
+    answers = document_of(client)["paths"]["/v1/adapters/{name}/stream"]["post"]["responses"]
+    event = answers["200"]["content"]["text/event-stream"]["schema"]
+    assert (event["type"], event["required"]) == ("object", ["data"])
+    assert event["properties"]["data"]["contentMediaType"] == "application/json"
+    answer = client.post("/v1/adapters/writer/stream", json={"text": "the sad film"})
+    kinds = [kind or event["properties"]["event"]["default"] for kind, _ in events_of(answer)]
+    assert kinds[-1] == "done" and set(kinds) <= set(event["properties"]["event"]["enum"])
+
+
 def events_of(answer: Any) -> list[tuple[str, dict[str, Any]]]:
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")

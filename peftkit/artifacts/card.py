@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peftkit.artifacts.emissions import Power, metadata, told
 from peftkit.artifacts.manifest import read_manifest
 from peftkit.artifacts.merge import REPORT
+from peftkit.artifacts.merge_command import sizes, smaller
 from peftkit.artifacts.store import PREDICTIONS
 from peftkit.backbones.bundled import BUNDLES
 from peftkit.backbones.runs import RUN_FILE
@@ -26,13 +28,15 @@ PIPELINES = {
 }
 """The Hub's names of what a model class is for."""
 CONFIDENCE = 0.95
+UNKNOWN = Power()
 
 
-def card(folder: Path, merged: Path | None = None) -> str:
+def card(folder: Path, merged: Path | None = None, power: Power = UNKNOWN) -> str:
     """The card of a finished run, or of the plain model that it was merged into.
 
     Args:
         merged: what `peftkit merge` wrote of this very run.
+        power: of the machine that it was trained on, for an estimate of its emissions.
 
     Raises:
         UsageError: a folder that is none of these.
@@ -40,9 +44,13 @@ def card(folder: Path, merged: Path | None = None) -> str:
     """
     from huggingface_hub import ModelCardData
 
+    power.check()
     manifest = read_manifest(folder)
     report = None if merged is None else _merge_report(merged, manifest)
-    data = ModelCardData(**_metadata(manifest, plain=merged is not None or manifest["artifact"] == "model"))
+    named = _metadata(manifest, plain=merged is not None or manifest["artifact"] == "model")
+    if emissions := metadata(manifest, power):
+        named["co2_eq_emissions"] = emissions
+    data = ModelCardData(**named)
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {folder.resolve().name}\n\n{_summary(manifest)}",
@@ -50,7 +58,7 @@ def card(folder: Path, merged: Path | None = None) -> str:
         f"## Scores\n\n{_scores(folder, manifest)}",
         *([] if report is None else [f"## Merge\n\n{_merge(report)}"]),
         f"## Data\n\n{_data(folder, manifest)}",
-        f"## Training\n\n{_training(manifest)}",
+        f"## Training\n\n{_training(manifest, power)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -144,11 +152,13 @@ def _merge(report: dict[str, Any]) -> str:
             f"- {report['layers']:,} adapted layers compute the same, to {report['layer_difference']:.2g} relative "
             f"({settings['layer_tolerance']:g} allowed)"
         )
+    if less := smaller(settings):
+        lines.append(f"- {' and '.join(less)}: {sizes(report)}")
     if rows:
+        limit = f"{report['tolerance']:g} allowed" if settings["limited"] else "measured, and not limited"
         lines += [
             f"- compared on {rows:,} of {report['examples']:,} rows of {settings['probe']}: largest difference of a "
-            f"logit {report['largest_difference']:.2g}, relative {report['relative']:.2g} ({report['tolerance']:g} "
-            "allowed)",
+            f"logit {report['largest_difference']:.2g}, relative {report['relative']:.2g} ({limit})",
             f"- {report['equal_predictions']:,} of {rows:,} predictions equal",
         ]
     if score := report["score"]:
@@ -163,7 +173,7 @@ def _data(folder: Path, manifest: dict[str, Any]) -> str:
     return "\n".join([*sources, f"- fingerprint `{manifest['data']}`", *(f"- {note}" for note in manifest["notes"])])
 
 
-def _training(manifest: dict[str, Any]) -> str:
+def _training(manifest: dict[str, Any], power: Power) -> str:
     training = manifest["training"]
     settings = ", ".join(f"{key} {value}" for key, value in manifest["method"].items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
@@ -172,8 +182,8 @@ def _training(manifest: dict[str, Any]) -> str:
         [
             f"- {settings}",
             f"- {training['steps']:,} steps, {training['tokens']:,} tokens, {training['seconds']:,.0f} s on "
-            f"{training['processes']} process{'es' if training['processes'] > 1 else ''} ({hours:.2f} process hours); "
-            "energy and emissions were not measured",
+            f"{training['processes']} process{'es' if training['processes'] > 1 else ''} ({hours:.2f} process hours)",
+            *(f"- {line}" for line in told(manifest, power)),
             f"- peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"- {versions}",
         ]
@@ -190,7 +200,7 @@ def _merge_report(merged: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def write_card(folder: Path, merged: Path | None, target: Path | None) -> str:
+def write_card(folder: Path, merged: Path | None, target: Path | None, power: Power = UNKNOWN) -> str:
     """The card, or where it was written: to a new file.
 
     Raises:
@@ -198,7 +208,7 @@ def write_card(folder: Path, merged: Path | None, target: Path | None) -> str:
     """
     from peftkit.disk import write_text
 
-    text = card(folder, merged)
+    text = card(folder, merged, power)
     if target is None:
         return text.rstrip("\n")
     if target.exists():

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.artifacts.fewer_blocks import check_blocks, drop_blocks
 from peftkit.artifacts.fresh_process import Probe, Rereader, reading
 from peftkit.artifacts.loading import TOLERANCE, SavedRun, in_full_precision, tolerance
 from peftkit.artifacts.plain_reader import is_tied
@@ -21,6 +22,9 @@ from peftkit.artifacts.proof import (
     relative_difference,
     scores,
 )
+from peftkit.artifacts.requantize import TOLERANCE as PACKED
+from peftkit.artifacts.requantize import check_rows, save_packed
+from peftkit.artifacts.rounding import round_model
 from peftkit.artifacts.settings import BESIDE, BYTES, MergeSettings
 from peftkit.artifacts.target import check_new_folder
 from peftkit.backbones.load import save_tokenizer
@@ -63,16 +67,23 @@ def merge(
     check_new_folder(target, [saved.folder], "a merge")
     settings.check(saved.run.backbone)
     saved.model.cpu()  # a prediction may have moved it
+    if settings.drop_layers:
+        check_blocks(saved.backbone.model, saved.backbone.layout, settings.drop_layers)
     split, scored = encoded_probe(saved.run, probe, saved.head, saved.tokenizer)
     before = ask(saved.model, saved.run, split, scored)
     with whole_folder(target) as partial, reading(reader) as process:
         merged, arithmetic = merged_model(saved, split, settings)
+        if packing := settings.packing(saved.run.backbone):
+            check_rows(merged, saved.backbone.layout, packing)
+        whole_bytes = bytes_in(merged, settings.dtype_for(saved.run.backbone))
+        if settings.drop_layers:
+            drop_blocks(merged, saved.backbone.layout, settings.drop_layers)
         require_room(target, merged, settings.dtype_for(saved.run.backbone))
         reference = _reference(merged, saved, split, settings, before)
         expected = write_merged(merged, saved, partial, settings)
         del merged
         report = _read_back(saved, partial, probe, settings, process, split, before, reference, expected)
-        report = replace(report, arithmetic=arithmetic)
+        report = replace(report, arithmetic=arithmetic, bytes=written_bytes(partial), whole_bytes=whole_bytes)
         write_report(partial, report, saved.manifest)
     return report
 
@@ -117,7 +128,7 @@ def _read_back(
         score=scores(before, found["score"]),
         settings=told(saved.run, settings) | {"probe": probe.source},
     )
-    if settings.onto == "trained":
+    if settings.is_whole:
         refuse_far(report.relative, report.largest_difference, report.tolerance)
     return report
 
@@ -149,8 +160,18 @@ def require_room(target: Path, model: nn.Module, dtype: str) -> None:
     Raises:
         ArtifactError: says how much is missing where.
     """
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    require_space(target, numbers * BYTES[dtype] + BESIDE, "the merged model needs", "name a folder on another disk")
+    needed = bytes_in(model, dtype) + BESIDE
+    require_space(target, needed, "the merged model needs", "name a folder on another disk")
+
+
+def bytes_in(model: nn.Module, dtype: str) -> int:
+    """What the weights of a model take in a dtype."""
+    return BYTES[dtype] * sum(parameter.numel() for parameter in model.parameters())
+
+
+def written_bytes(folder: Path) -> int:
+    """What the weight files in a folder take."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
 
 
 def write_merged(merged: Any, saved: SavedRun, folder: Path, settings: MergeSettings) -> Expected:
@@ -158,16 +179,14 @@ def write_merged(merged: Any, saved: SavedRun, folder: Path, settings: MergeSett
     import torch
 
     dtype = settings.dtype_for(saved.run.backbone)
-    packed = settings.onto == "requantized"
-    weights = {} if packed else digests(merged, getattr(torch, dtype))
+    packing = settings.packing(saved.run.backbone)
+    weights = {} if packing else digests(merged, getattr(torch, dtype))
     expected = expected_of(merged, saved.tokenizer, saved.head, dtype, is_tied(merged), weights)
     with quiet_libraries():
-        cast = merged.to(getattr(torch, dtype))
-        if packed:
-            from peftkit.artifacts.requantize import save_packed
-
-            assert saved.run.backbone.quantization is not None
-            save_packed(cast, saved.head.model_class, saved.run.backbone.quantization, folder, settings.shard_bytes)
+        cast: Any = round_model(merged, getattr(torch, dtype))
+        if packing:
+            packed = save_packed(cast, saved.head.model_class, packing, folder, settings.shard_bytes)
+            expected = replace(expected, tensors=packed)
         else:
             cast.save_pretrained(folder, max_shard_size=settings.shard_bytes)
         save_tokenizer(saved.tokenizer, folder)
@@ -186,36 +205,35 @@ def write_report(folder: Path, report: MergeReport, manifest: dict[str, Any], le
 
 
 def _reference(merged: Any, saved: SavedRun, split: Split, settings: MergeSettings, before: Answers) -> Answers | None:
-    """What a model that is read back, and whose weights are not those that training saw, must compute: what the merged
-    model does while it is still in memory. None where the run itself is what it is compared with."""
-    if settings.onto == "trained":
+    """What a model that is read back, and is not the one that was trained, must compute: what the merged model does
+    while it is still in memory. None where the run itself is what it is compared with."""
+    if settings.is_whole:
         return None
     import copy
 
     import torch
 
-    model = merged
-    if settings.onto == "requantized":
-        assert saved.run.backbone.quantization is not None
-        model = copy.deepcopy(merged).to(getattr(torch, settings.dtype_for(saved.run.backbone)))
-        quantize(model, saved.backbone.layout, saved.run.backbone.quantization)
+    model, packing = merged, settings.packing(saved.run.backbone)
+    if packing:
+        model = round_model(copy.deepcopy(merged), getattr(torch, settings.dtype_for(saved.run.backbone)))
+        quantize(model, saved.backbone.layout, packing)
     return ask(model, saved.run, split, scored=False, examples=len(before.logits))
 
 
 def _refuse_far_from(reference: Answers, after: list[Any], saved: SavedRun, settings: MergeSettings) -> None:
     far = relative_difference(reference.logits[: len(after)], after)
-    limit, quantization = allowed(saved, settings), saved.run.backbone.quantization
-    if settings.onto == "requantized" and quantization is not None:
-        from peftkit.artifacts.requantize import TOLERANCE as PACKED
-
-        limit = max(limit, PACKED[quantization.kind])
+    limit, packing = allowed(saved, settings), settings.packing(saved.run.backbone)
+    if packing:
+        limit = max(limit, PACKED[packing.kind])
     refuse_far(far, far, limit, "what was read back")
 
 
 def told(run: Run, settings: MergeSettings) -> dict[str, Any]:
     """What was asked for, and of what."""
-    quantization = run.backbone.quantization
+    quantization, packing = run.backbone.quantization, settings.packing(run.backbone)
     return asdict(settings) | {
+        "packing": packing and str(packing),
+        "limited": settings.is_whole,
         "dtype": settings.dtype_for(run.backbone),
         "method": run.method.kind,
         "quantization": quantization and str(quantization),

@@ -36,6 +36,9 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("float32", "float64"), default="float32", help="what W + ΔW is computed in")
     add("--shard-size", metavar="SIZE", default="50GB", help="the most bytes of a file, such as 2GB (default: 50GB)")
     add("--streaming", action="store_true", help="tensor by tensor, as models that do not fit into memory always are")
+    packed = "pack the linear layers of the blocks with bitsandbytes, for transformers; what it costs is measured"
+    add("--quantize", choices=("nf4", "fp4", "int8"), help=packed)
+    add("--drop-layers", type=positive, default=0, metavar="N", help="leave out the top N blocks; the score is told")
     which = parser.add_mutually_exclusive_group()
     onto = "of a quantised run: full-precision adds ΔW to the checkpoint before it was quantised"
     which.add_argument("--onto", choices=("trained", "full-precision"), default="trained", help=onto)
@@ -52,7 +55,14 @@ def settings_of(options: argparse.Namespace) -> MergeSettings:
     """
     from peftkit.artifacts.settings import MergeSettings
 
-    return MergeSettings(options.dtype, options.precision, size_of(options.shard_size), options.onto)
+    return MergeSettings(
+        options.dtype,
+        options.precision,
+        size_of(options.shard_size),
+        options.onto,
+        pack=options.quantize,
+        drop_layers=options.drop_layers,
+    )
 
 
 def size_of(text: str) -> int:
@@ -92,6 +102,20 @@ def answer(options: argparse.Namespace, read: Callable[[Any, Path], Rows]) -> st
     return shown(merge(saved, options.target, probe, settings), options.target)
 
 
+def smaller(settings: dict[str, Any]) -> list[str]:
+    """In what the merged model is less than the run, by what a report says of its settings."""
+    packed, dropped = settings["packing"], settings["drop_layers"]
+    return [f"linear layers of the blocks packed in {packed}"] * bool(packed) + (
+        [f"the top {dropped} blocks left out" if dropped > 1 else "the top block left out"] if dropped else []
+    )
+
+
+def sizes(report: dict[str, Any]) -> str:
+    """What was written beside what the whole model takes."""
+    written, whole = (report[name] / 2**20 for name in ("bytes", "whole_bytes"))
+    return f"{written:,.1f} MiB, where the whole model takes {whole:,.1f} in {report['settings']['dtype']}"
+
+
 def shown(report: MergeReport, target: Path) -> str:
     """The figures in words."""
     settings, lines = report.settings, []
@@ -108,7 +132,7 @@ def shown(report: MergeReport, target: Path) -> str:
     if report.rows:
         agreement = report.argmax_agreement
         agreed = "" if agreement is None else f", argmax alike in {100 * agreement:.4g} %"
-        limit = f"{report.tolerance:g} allowed" if settings["onto"] == "trained" else "measured, and not limited"
+        limit = f"{report.tolerance:g} allowed" if settings["limited"] else "measured, and not limited"
         lines.append(
             f"{report.equal_predictions:,} of {report.rows:,} predictions equal after re-reading; largest logit "
             f"difference {report.largest_difference:.2g} ({report.relative:.2g} relative, {limit}){agreed}, divergence "
@@ -116,6 +140,8 @@ def shown(report: MergeReport, target: Path) -> str:
         )
     if report.score:
         lines.append(f"{report.score['name']} {report.score['before']:.6g} before, {report.score['after']:.6g} after")
+    if less := smaller(settings):
+        lines.append(f"{' and '.join(less)}: {sizes(vars(report))}")
     if report.rows < report.examples:
         lines.append(
             f"compared on the first {report.rows:,} of {report.examples:,} examples; memory is set aside for no more"

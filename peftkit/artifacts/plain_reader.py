@@ -91,7 +91,8 @@ def _with_weights(folder: Path, model_class: str, dtype: str) -> dict[str, Any]:
         "amiss": {
             name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
         },
-        "tensors": {} if packed else digests(model, getattr(torch, dtype)),
+        # before anything is computed: bitsandbytes then packs some weights in another way
+        "tensors": digests(model, None if packed else getattr(torch, dtype)),
         "tied": is_tied(model),
     }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.checkpoints import bytes_of
+from peftkit.artifacts.rounding import rounded
 from peftkit.backbones.load import Head
 from peftkit.config import Run
 from peftkit.data.collate import IGNORED, collate
@@ -115,9 +116,9 @@ def _ending(task: Task, example: Example) -> Example:
     return example | {"labels": [label if position in kept else IGNORED for position, label in enumerate(labels)]}
 
 
-def digests(model: nn.Module, cast: dtype) -> dict[str, str]:
-    """A hash of each tensor of a model, by its name there, once its floating point numbers are cast; tied ones count
-    under each of their names."""
+def digests(model: nn.Module, cast: dtype | None) -> dict[str, str]:
+    """A hash of each tensor of a model, by its name there, once its floating point numbers are cast, if they are; tied
+    ones count under each of their names."""
     known: dict[int, str] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -127,7 +128,7 @@ def digests(model: nn.Module, cast: dtype) -> dict[str, str]:
     return found
 
 
-def digest(tensor: Tensor, cast: dtype) -> str:
+def digest(tensor: Tensor, cast: dtype | None) -> str:
     """A hash of the bytes of a tensor, of which floating point numbers are cast before."""
-    values = tensor.to(cast) if tensor.is_floating_point() else tensor
+    values = tensor if cast is None else rounded(tensor, cast)
     return hashlib.sha256(bytes_of(values.contiguous())).hexdigest()

@@ -38,7 +38,7 @@ class Expected:
     model_class: str
     tied: bool
     tensors: dict[str, str]
-    """Hashes by name, of what was computed, cast once; empty where they were packed anew."""
+    """Hashes by name, of what was computed, cast once, or packed."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ class MergeReport(Figures):
     """Of a streamed merge: how many were adapted, and compared one by one."""
     layer_difference: float = 0.0
     """The largest of them, relative to the largest output of the layer."""
+    bytes: int = 0
+    """Of the weight files that were written."""
+    whole_bytes: int = 0
+    """Of all weights of the run's merged model in the same dtype, when none is packed or left out."""
 
     def as_dict(self) -> dict[str, Any]:
         """What is written beside the merged model."""
@@ -169,7 +173,7 @@ def _faults_of_weights(expected: Expected, found: Mapping[str, Any]) -> Iterator
         return
     if odd := sorted(expected.tensors.items() ^ found["tensors"].items()):
         names = list(dict.fromkeys(name for name, _ in odd))
-        yield f"{len(names)} weights are not W + ΔW, cast once, such as '{names[0]}'"
+        yield f"{len(names)} weights are not W + ΔW, cast once or packed, such as '{names[0]}'"
 
 
 def _stale(files: list[str]) -> Iterator[str]:

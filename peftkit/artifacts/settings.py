@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftkit.backbones.load import BackboneSettings
-from peftkit.backbones.quantization import Dtype
+from peftkit.backbones.quantization import FP4, NF4, Dtype, Int8, Quantization
 from peftkit.errors import UsageError
 
 SHARD_BYTES = 50 * 10**9
@@ -16,6 +16,8 @@ BESIDE = 2**25
 """Bytes that are set aside for the tokenizer and what else lies beside the weights."""
 
 Onto = Literal["trained", "full-precision", "requantized"]
+Packing = Literal["nf4", "fp4", "int8"]
+PACKINGS: dict[str, type[NF4] | type[FP4] | type[Int8]] = {"nf4": NF4, "fp4": FP4, "int8": Int8}
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,19 @@ class MergeSettings:
     onto: Onto = "trained"
     """Of a quantised run: the values that training saw, the checkpoint before it was quantised, or the first, packed
     anew as bitsandbytes packs."""
+    pack: Packing | None = None
+    """Pack the linear layers of the blocks of any run as bitsandbytes does."""
+    drop_layers: int = 0
+    """Blocks that are left out, from the top."""
 
     def check(self, backbone: BackboneSettings) -> None:
-        """Refuse what is for quantised runs where the run is none.
+        """Refuse what is for quantised runs where the run is none, and two ways to pack.
 
         Raises:
             UsageError: names the option.
         """
+        if self.onto == "requantized" and self.pack:
+            raise UsageError("--requantize packs as the run was, and --quantize as it says; leave one out")
         if self.onto == "trained":
             return
         option = "--requantize" if self.onto == "requantized" else "--onto full-precision"
@@ -46,6 +54,17 @@ class MergeSettings:
             from peftkit.artifacts.requantize import check_packing
 
             check_packing(backbone.quantization)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the merged model is to compute what the run did, rather than something near it."""
+        return self.onto == "trained" and not self.pack and not self.drop_layers
+
+    def packing(self, backbone: BackboneSettings) -> Quantization | None:
+        """How linear layers are packed when they are saved; None where they stay plain."""
+        if self.onto == "requantized":
+            return backbone.quantization
+        return PACKINGS[self.pack](compute_dtype=self.dtype_for(backbone)) if self.pack else None
 
     def dtype_for(self, backbone: BackboneSettings) -> str:
         """What the weights are saved in."""

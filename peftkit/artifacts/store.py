@@ -15,7 +15,7 @@ from peftkit.backbones.load import Backbone, resolve
 from peftkit.backbones.runs import origin
 from peftkit.config import Run, run_id
 from peftkit.disk import file_sha256, manifest_sha256, whole_folder, write_text
-from peftkit.environment import versions
+from peftkit.environment import hardware, versions
 from peftkit.errors import ArtifactError
 from peftkit.evaluation import Evaluation
 from peftkit.methods.base import trained_parameters
@@ -112,6 +112,7 @@ def _manifest(
         "scores": {name: one.scores.values for name, one in evaluations.items()},
         "training": {name: value for name, value in costs.items() if name not in ("losses", "evaluations")},
         "notes": list(data.notes),
+        "hardware": hardware(),
         "versions": versions(),
     }
 

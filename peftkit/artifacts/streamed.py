@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from peftkit.artifacts.checkpoints import PIECE, Checkpoint, bytes_of
 from peftkit.artifacts.fresh_process import Rereader, fresh_process
 from peftkit.artifacts.loading import SavedRun, merge_backbone, original_settings
-from peftkit.artifacts.merge import compared, told, write_report
+from peftkit.artifacts.merge import compared, told, write_report, written_bytes
 from peftkit.artifacts.proof import Expected, MergeReport, expected_of, refuse_far, refuse_other
+from peftkit.artifacts.rounding import rounded
 from peftkit.artifacts.settings import BYTES, MergeSettings
 from peftkit.artifacts.streaming import PROGRESS, Stream, finish, opened, working_folder, write
 from peftkit.artifacts.target import check_new_folder
@@ -74,6 +75,8 @@ def merge_streamed(
     except PeftkitError:
         shutil.rmtree(working_folder(target), ignore_errors=True)
         raise
+    size = written_bytes(working)
+    report = replace(report, bytes=size, whole_bytes=size)
     write_report(working, report, stream.manifest, leave_out=PROGRESS)
     finish(working, target)
     return report
@@ -168,7 +171,7 @@ def _refuse_changed(stream: Stream, files: Checkpoint, own: str, name: str) -> N
 
     cast = getattr(torch, stream.dtype)
     pieces = stream.layers.parts(own)
-    expected = (piece.to(cast) if piece.is_floating_point() else piece for piece in pieces)
+    expected = (rounded(piece, cast) for piece in pieces)
     # a tensor of the run comes in one piece
     numbers = (part for one in expected for part in one.reshape(-1).split(PIECE))
     for wanted, found in zip(numbers, files.parts(name), strict=True):

@@ -17,6 +17,7 @@ from peftkit.artifacts.checkpoints import NAMES, Checkpoint, write_file
 from peftkit.artifacts.hollow import Hollow, hollow
 from peftkit.artifacts.layers import Layers
 from peftkit.artifacts.loading import merge_backbone, original_settings
+from peftkit.artifacts.rounding import rounded
 from peftkit.artifacts.settings import BESIDE, MergeSettings
 from peftkit.artifacts.vetting import vetted
 from peftkit.backbones.load import BackboneSettings, Head, save_tokenizer
@@ -62,8 +63,13 @@ def opened(folder: Path, settings: MergeSettings) -> Stream:
     """
     manifest, run = vetted(folder)
     settings.check(run.backbone)
-    if settings.onto == "requantized":
-        raise UsageError("--requantize packs a whole model, and a merge that is streamed holds none; leave it out")
+    for option, given in (
+        ("--requantize packs", settings.onto == "requantized"),
+        ("--quantize packs", settings.pack),
+        ("--drop-layers shortens", settings.drop_layers),
+    ):
+        if given:
+            raise UsageError(f"{option} a whole model, and a merge that is streamed holds none; leave it out")
     backbone = original_settings(run.backbone, manifest, original=settings.onto == "full-precision")
     merge_backbone(run.model_copy(update={"backbone": backbone}))
     head, artifact = Head.from_dict(manifest["head"]), folder / manifest["artifact"]
@@ -97,7 +103,7 @@ def write(stream: Stream, target: Path, settings: MergeSettings) -> Path:
 
     def made(name: str) -> Iterator[Tensor]:
         for piece in stream.layers.parts(stream.source.saved[name]):
-            yield piece.to(cast) if piece.is_floating_point() else piece
+            yield rounded(piece, cast)
 
     with torch.no_grad():
         for file, names in files.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -75,6 +75,15 @@ class Answer(Message):
     """Read, over all texts."""
     cut: int
     """Texts that were longer than the run's `task.max_length` and lost a part."""
+
+
+class Event(Message):
+    """A server-sent event: pieces of text as they are written, then what `peftkit predict` shows, or what went
+    wrong."""
+
+    event: Literal["message", "done", "error"] = "message"
+    data: str = Field(json_schema_extra={"contentMediaType": "application/json"})
+    """`{"text": piece}`, a whole prediction, or `{"error": what is wrong}`."""
 
 
 class AdapterInfo(Message):

@@ -19,7 +19,17 @@ from starlette.exceptions import HTTPException
 from peftkit.errors import PeftkitError
 from peftkit.serving.asking import Asked, asked, asked_to_write, writes
 from peftkit.serving.gate import FAILED, OPEN, Gate
-from peftkit.serving.messages import AdapterInfo, Adapters, Answer, Failure, Question, Reloaded, State, WritingQuestion
+from peftkit.serving.messages import (
+    AdapterInfo,
+    Adapters,
+    Answer,
+    Event,
+    Failure,
+    Question,
+    Reloaded,
+    State,
+    WritingQuestion,
+)
 from peftkit.serving.metrics import Metrics
 from peftkit.serving.options import Access, Limits
 from peftkit.serving.registry import Registry
@@ -134,7 +144,8 @@ def _add_asking(app: FastAPI, service: Service) -> None:
         shown = await asyncio.to_thread(found.answer, predictions)
         return Answer(adapter=name, predictions=shown, tokens=found.tokens, cut=found.split.encoded.truncated)
 
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    # before OpenAPI 3.2, the schema of a stream is that of one event
+    events = {"text/event-stream": {"schema": Event.model_json_schema()}}
 
     @app.post(
         "/v1/adapters/{name}/stream",
