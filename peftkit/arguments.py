@@ -10,6 +10,7 @@ from typing import Any
 from peftkit.artifact_verbs import add_combine_options, add_diff_options, add_export_options, add_extract_options
 from peftkit.artifacts.merge_command import add_merge_options
 from peftkit.bench.command import add_run_options, add_status_options
+from peftkit.bench.report_command import add_compare_options, add_report_options
 from peftkit.console import Parser, positive
 from peftkit.launch_options import add_launch_options
 from peftkit.planning.command import add_plan_options
@@ -97,6 +98,8 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
 
     add_run_options(verb("bench run", "Make what is left of the runs of a grid, several at a time."))
     add_status_options(verb("bench status", "How far a grid is, cell by cell."))
+    add_report_options(verb("bench report", "What a grid's results say: a page, Markdown and tables."))
+    add_compare_options(verb("bench compare", "The same cells in two folders of results, such as of two versions."))
 
     one = verb("params", "Exact parameter counts of methods on a backbone, from its configuration alone.")
     one.add_argument("--backbone", required=True, metavar="NAME", help="a name, or a folder with config.json")

@@ -145,6 +145,18 @@ def bench_status(options: argparse.Namespace) -> None:
     status(options)
 
 
+def bench_report(options: argparse.Namespace) -> None:
+    from peftkit.bench.report_command import report_command
+
+    report_command(options)
+
+
+def bench_compare(options: argparse.Namespace) -> None:
+    from peftkit.bench.report_command import compare_command
+
+    compare_command(options)
+
+
 def params(options: argparse.Namespace) -> None:
     from peftkit.planning.chart import check_chart, draw
     from peftkit.planning.survey import survey
@@ -267,6 +279,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         serve,
         bench_run,
         bench_status,
+        bench_report,
+        bench_compare,
         combine,
         diff,
         extract,

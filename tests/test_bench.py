@@ -1,4 +1,4 @@
-"""The grid of runs: what it plans, how a learning rate is chosen, and that what is stopped goes on to the same bytes."""
+"""The grid of runs: what it plans, how a rate is chosen, and that what is stopped goes on to the same bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-
 from conftest import write_jsonl
+
 from peftkit.bench.grid import Cell, Grid, cells, load_grid
 from peftkit.bench.launch import run_cells, state_of
 from peftkit.bench.sample import sampled
@@ -97,8 +97,12 @@ class TestGrid:
             "task": tree["data"]["toy"]["task"],
             "method": {"kind": "full"},
             "training": {
-                **{"max_steps": 5, "evaluate_every": 3, "batch_size": 16, "weight_decay": 0.5},
-                **{"learning_rate": 4e-3, "seed": 2},
+                "max_steps": 5,
+                "evaluate_every": 3,
+                "batch_size": 16,
+                "weight_decay": 0.5,
+                "learning_rate": 4e-3,
+                "seed": 2,
             },
         }
         (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
@@ -205,8 +209,14 @@ class TestStore:
     record = Record(
         id="a" * 16,
         key=Key(
-            **{"grid": "g", "backbone": "b", "data": "d", "method": "m", "budget": "all"},
-            **{"phase": "final", "seed": 1, "learning_rate": 1e-3},
+            grid="g",
+            backbone="b",
+            data="d",
+            method="m",
+            budget="all",
+            phase="final",
+            seed=1,
+            learning_rate=1e-3,
         ),
         status="finished",
     )
@@ -256,8 +266,12 @@ def test_so_many_rows_of_each_class() -> None:
 
 def job_of(planned: Any, grid: Grid, folder: Path) -> Job:
     return Job(
-        **{"id": planned.id, "key": planned.key, "run": planned.run, "folder": str(folder)},
-        **{"probe": grid.probe, "robustness": grid.robustness},
+        id=planned.id,
+        key=planned.key,
+        run=planned.run,
+        folder=str(folder),
+        probe=grid.probe,
+        robustness=grid.robustness,
     )
 
 
@@ -432,7 +446,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "told"),
         [
-            (["bench"], "peftkit bench needs one more word: run, status"),
+            (["bench"], "peftkit bench needs one more word: run, status, report, compare"),
             (["bench", "rnu"], "no verb 'bench rnu'; did you mean 'bench run'?"),
             (["bench", "status", "GRID", "--method", "ful"], "--method ful: not in .*; did you mean 'full'?"),
             (["bench", "run", "nowhere.yaml"], "no configuration file nowhere.yaml"),

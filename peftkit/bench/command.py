@@ -40,10 +40,12 @@ def run(options: argparse.Namespace) -> None:
         PeftkitError: runs failed.
     """
     grid, chosen = _chosen(options)
+    from peftkit.bench.grid import planned_cells
     from peftkit.bench.launch import default_workers, run_cells
     from peftkit.bench.store import Store
 
     store = Store(_folder(grid, options))
+    store.plan(planned_cells(grid))
     if options.retry_failed:
         for record in list(store.records()):
             if record.status != "finished":
@@ -85,9 +87,9 @@ def _chosen(options: argparse.Namespace) -> tuple[Grid, list[Cell]]:
 
 
 def _folder(grid: Grid, options: argparse.Namespace) -> Path:
-    from peftkit.bench.launch import folder_of
+    from peftkit.bench.store import RESULTS
 
-    return options.folder or folder_of(grid.name)
+    return options.folder or RESULTS / grid.name
 
 
 def _tell_damaged(damaged: dict[str, str]) -> None:

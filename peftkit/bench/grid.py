@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from peftkit.backbones.load import BackboneSettings
 from peftkit.bench.store import Key, Phase
+from peftkit.bench.store import Planned as PlannedCell
 from peftkit.config import Run, run_id, validate
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
@@ -210,6 +211,14 @@ def cells(grid: Grid, source: str = "grid") -> Iterator[Cell]:
             for budget in grid.budgets:
                 for method in grid.methods:
                     yield Cell(grid, source, backbone, data, method, str(budget))
+
+
+def planned_cells(grid: Grid) -> list[PlannedCell]:
+    """What a report of the grid is to show, there or missing."""
+    return [
+        PlannedCell(backbone=one.backbone, data=one.data, budget=one.budget, method=one.method, seeds=grid.seeds)
+        for one in cells(grid)
+    ]
 
 
 def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peftkit.bench.grid import Cell, Grid, Planned
@@ -162,8 +161,3 @@ def _died(job: Job, told: str) -> Record:
 def default_workers() -> int:
     """One for each core: runs are independent, and a small model does not keep two cores busy."""
     return os.cpu_count() or 1
-
-
-def folder_of(name: str) -> Path:
-    """Where a grid's results go unless told otherwise."""
-    return Path("runs") / "bench" / name

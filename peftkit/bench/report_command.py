@@ -6,13 +6,20 @@ import argparse
 import json
 from pathlib import Path
 
+from peftkit.bench.store import RESULTS, RUNS
 from peftkit.console import say
-from peftkit.errors import DataError
+from peftkit.errors import DataError, UsageError
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """What `peftkit bench report` takes."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="results, as `peftkit bench run` writes them")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        metavar="FOLDER",
+        help="results, as `peftkit bench run` writes them (default: those that changed last under runs/bench)",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the page, Markdown and tables go (default: FOLDER/report)"
     )
@@ -45,9 +52,10 @@ def report_command(options: argparse.Namespace) -> None:
     """
     from peftkit.bench.report import MARGIN, report
 
+    folder = options.folder or _newest()
     written = report(
-        options.folder,
-        options.out or options.folder / "report",
+        folder,
+        options.out or folder / "report",
         options.reference,
         MARGIN if options.margin is None else options.margin,
         options.mixed,
@@ -59,9 +67,17 @@ def report_command(options: argparse.Namespace) -> None:
     if damaged := written.results.damaged:
         told = "\n".join(f"  {name}: {why}" for name, why in sorted(damaged.items()))
         raise DataError(
-            f"{options.folder}: {len(damaged)} files are damaged, and the report is without them; remove them, and "
+            f"{folder}: {len(damaged)} files are damaged, and the report is without them; remove them, and "
             f"`peftkit bench run` makes them again\n{told}"
         )
+
+
+def _newest() -> Path:
+    """The folder of results to which a run was added last."""
+    found = [one for one in RESULTS.glob(f"*/{RUNS}") if one.is_dir()]
+    if not found:
+        raise UsageError(f"no results under {RESULTS}; name a folder, or make some with `peftkit bench run GRID`")
+    return max(found, key=lambda one: one.stat().st_mtime_ns).parent
 
 
 def compare_command(options: argparse.Namespace) -> None:

@@ -19,6 +19,8 @@ from peftkit.errors import UsageError
 from peftkit.schema import Section
 
 RUNS, ANSWERS, PLANNED = "runs", "answers", "planned.json"
+RESULTS = Path("runs") / "bench"
+"""Where the results of a grid go, in a folder of its name, unless told otherwise."""
 Phase = Literal["trial", "final"]
 
 
