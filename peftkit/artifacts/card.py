@@ -155,7 +155,7 @@ def _merge(report: dict[str, Any]) -> str:
     if less := smaller(settings):
         lines.append(f"- {' and '.join(less)}: {sizes(report)}")
     if rows:
-        limit = f"{report['tolerance']:g} allowed" if settings["limited"] else "measured, and not limited"
+        limit = f"{report['tolerance']:g} allowed" if settings.get("limited", True) else "measured, and not limited"
         lines += [
             f"- compared on {rows:,} of {report['examples']:,} rows of {settings['probe']}: largest difference of a "
             f"logit {report['largest_difference']:.2g}, relative {report['relative']:.2g} ({limit})",

@@ -28,7 +28,7 @@ from peftkit.artifacts.rounding import round_model
 from peftkit.artifacts.settings import BESIDE, BYTES, MergeSettings
 from peftkit.artifacts.target import check_new_folder
 from peftkit.backbones.load import save_tokenizer
-from peftkit.backbones.quantize import quantize
+from peftkit.backbones.quantize import check_backend, quantize
 from peftkit.config import Run
 from peftkit.data.files import Rows
 from peftkit.disk import file_sha256, require_space, whole_folder, write_text
@@ -66,6 +66,8 @@ def merge(
     target, settings = Path(target), settings or MergeSettings()
     check_new_folder(target, [saved.folder], "a merge")
     settings.check(saved.run.backbone)
+    if settings.pack:
+        check_backend("cpu", "--quantize")
     saved.model.cpu()  # a prediction may have moved it
     if settings.drop_layers:
         check_blocks(saved.backbone.model, saved.backbone.layout, settings.drop_layers)
@@ -217,6 +219,7 @@ def _reference(merged: Any, saved: SavedRun, split: Split, settings: MergeSettin
     if packing:
         model = round_model(copy.deepcopy(merged), getattr(torch, settings.dtype_for(saved.run.backbone)))
         quantize(model, saved.backbone.layout, packing)
+        model.cpu()  # a GPU may have packed it
     return ask(model, saved.run, split, scored=False, examples=len(before.logits))
 
 

@@ -104,10 +104,13 @@ def answer(options: argparse.Namespace, read: Callable[[Any, Path], Rows]) -> st
 
 def smaller(settings: dict[str, Any]) -> list[str]:
     """In what the merged model is less than the run, by what a report says of its settings."""
-    packed, dropped = settings["packing"], settings["drop_layers"]
-    return [f"linear layers of the blocks packed in {packed}"] * bool(packed) + (
-        [f"the top {dropped} blocks left out" if dropped > 1 else "the top block left out"] if dropped else []
-    )
+    packed, dropped = settings.get("packing"), settings.get("drop_layers")
+    found = []
+    if packed:
+        found.append(f"linear layers of the blocks packed in {packed}")
+    if dropped:
+        found.append(f"the top {dropped} blocks left out" if dropped > 1 else "the top block left out")
+    return found
 
 
 def sizes(report: dict[str, Any]) -> str:

@@ -73,18 +73,20 @@ def described(folder: Path, model_class: str, dtype: str, weights: bool) -> dict
     generation = folder / "generation_config.json"
     if generation.is_file():
         found["generation"] = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    return found | (_with_weights(folder, model_class, dtype) if weights else {})
+    packed = getattr(config, "quantization_config", None) is not None
+    return found | (_with_weights(folder, model_class, dtype, packed) if weights else {})
 
 
-def _with_weights(folder: Path, model_class: str, dtype: str) -> dict[str, Any]:
+def _with_weights(folder: Path, model_class: str, dtype: str, packed: bool) -> dict[str, Any]:
     import torch
     import transformers
 
+    # what is packed goes to a GPU if it is left to itself
+    place: dict[str, Any] = {"device_map": {"": "cpu"}} if packed else {}
     with quiet_libraries():
         model, info = getattr(transformers, model_class).from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, **place
         )
-    packed = getattr(model, "quantization_method", None) is not None
     return {
         "model": model,
         "class": type(model).__name__,

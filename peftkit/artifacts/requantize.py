@@ -80,7 +80,11 @@ def save_packed(model: Any, model_class: str, settings: Quantization, folder: Pa
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".peftkit-") as scratch, _quiet():
         model.save_pretrained(scratch)
         loaded = getattr(transformers, model_class).from_pretrained(
-            scratch, local_files_only=True, dtype=model.dtype, quantization_config=_how(settings, whole)
+            scratch,
+            local_files_only=True,
+            dtype=model.dtype,
+            quantization_config=_how(settings, whole),
+            device_map={"": "cpu"},  # where it is compared; left to itself, it goes to a GPU
         )
         _refuse_other(model, loaded, packed, settings)
         loaded.save_pretrained(folder, max_shard_size=shard_bytes)
@@ -94,13 +98,15 @@ def _refuse_other(model: Any, loaded: Any, packed: list[str], settings: Quantiza
     Raises:
         ArtifactError: names the first that differs.
     """
-    from peftkit.backbones.quantized_layers import pack, packing_device
+    import torch
+
+    from peftkit.backbones.quantized_layers import pack
 
     codes = {f"{name}.weight" for name in packed}
     plain, held = digests(model, None), digests(loaded, None)
     odd = [name for name in plain if name not in codes and plain[name] != held.get(name)]
     for name in packed:
-        ours = pack(name, model.get_submodule(name), settings, packing_device(model))
+        ours = pack(name, model.get_submodule(name), settings, torch.device("cpu"))
         if not _alike(ours, loaded.get_submodule(name), settings):
             odd.append(f"{name}.weight")
     if odd:

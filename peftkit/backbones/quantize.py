@@ -116,8 +116,11 @@ def rows_of(layer: nn.Module, rows: Tensor) -> nn.Module:
     return packed_rows(layer, rows)
 
 
-def check_backend(device: str) -> None:
+def check_backend(device: str, setting: str = "backbone.quantization") -> None:
     """See to it that bitsandbytes can pack on this device.
+
+    Args:
+        setting: what asks for it, for the message.
 
     Raises:
         UsageError: it is not installed, or has no code for the device.
@@ -130,8 +133,8 @@ def check_backend(device: str) -> None:
         bitsandbytes.functional.quantize_4bit(torch.ones(1, 64, device=device), quant_type="nf4")
     except Exception as error:  # a missing or unloadable library shows as any of many kinds
         raise UsageError(
-            f"backbone.quantization needs bitsandbytes, which does not work on {device} here ({first_line(error)}); "
-            "install a build of it for this device, or leave backbone.quantization out"
+            f"{setting} needs bitsandbytes, which does not work on {device} here ({first_line(error)}); "
+            f"install a build of it for this device, or leave {setting} out"
         ) from error
 
 
