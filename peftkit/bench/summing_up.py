@@ -93,7 +93,7 @@ def gaps(results: Results) -> list[Part]:
         ("Damaged files", [f"{name}: {why}" for name, why in sorted(results.damaged.items())]),
         ("Runs that are whole and do not count", results.left_out),
     ]
-    table = [Table(["data set · backbone · budget", "method", "what", "why"], rows)] if rows else []
+    table = [Table(["data set · backbone · budget", "method", "what", "why"], rows, words=(1, 2, 3))] if rows else []
     return [
         *table,
         *(Fold(f"{title} ({len(texts):,})", [Items(_some(texts))], True) for title, texts in lists if texts),
@@ -124,7 +124,7 @@ def provenance(results: Results) -> list[Part]:
         else [name, same.get(name, NOTHING)]
         for name in dict.fromkeys([*same, *results.differing])
     ]
-    return [Table(["what", "of all finished runs"], rows)]
+    return [Table(["what", "of all finished runs"], rows, words=(1,))]
 
 
 def _cost(name: str, records: Iterable[Record]) -> list[str]:
