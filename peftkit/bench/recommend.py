@@ -45,8 +45,9 @@ def _is_as_good(row: Row, best: Row, analysis: Analysis) -> bool:
 
 
 def _p(row: Row, best: Row, analysis: Analysis) -> float:
+    """Not corrected: correction guards those who say that two differ, and here it would let more count as equal."""
     names = analysis.pairs.names
-    return float(analysis.pairs.p_adjusted[names.index(row.entry.method), names.index(best.entry.method)])
+    return float(analysis.pairs.p_values[names.index(row.entry.method), names.index(best.entry.method)])
 
 
 def _price(row: Row) -> tuple[float, float, str]:
@@ -74,7 +75,7 @@ def _evidence(chosen: Row, best: Row, analysis: Analysis) -> str:
         words = f"not separable from the best mean, {best.entry.method}{'; ' + words if words else ''}"
     return (
         f"{chosen.entry.method}: {words}; {score}, {scale.change(apart.mean)} from {best.entry.method} "
-        f"(95 % {scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} among all pairs), with "
+        f"(95 % {scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} before correction), with "
         f"{_ratio(_parameters(chosen), _parameters(best))} of its trainable parameters"
         f"{_of_time(chosen, best)}."
     )
@@ -91,7 +92,7 @@ def _next(best: Row, analysis: Analysis) -> str:
     scale, apart, p = Scale(analysis.block.is_share), difference(*shared), _p(second, best, analysis)
     return (
         f". Next is {second.entry.method}, {scale.change(apart.mean)} (95 % "
-        f"{scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} among all pairs)"
+        f"{scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} before correction)"
     )
 
 

@@ -71,7 +71,8 @@ def how_to_read(references: Sequence[str], margin: float, analyses: Sequence[Ana
         "Methods that share a group letter are not separable from one another (all pairs of a block, with Holm's "
         "correction).",
         "What is recommended is the cheapest of the methods that are as good as the best mean: those that are not "
-        "separable from it and have a mean within the margin of its mean, or were tested to be no worse by the margin. "
+        "separable from it, even before correction, and have a mean within the margin of its mean, or were tested to "
+        "be no worse by the margin. "
         "Of these, the fewest trainable parameters win, then the shortest training.",
         "Memory growth is what of the peak came with the model and its training. Forgetting is the change on a probe "
         "that the backbone was not tuned for.",
