@@ -83,20 +83,22 @@ def intervals(points: Sequence[Point], label: str, lines: Sequence[tuple[str, fl
     """Lying intervals, one a row, the first on top; `lines` are levels to compare with."""
     if not points:
         return ""
-    name_width = min(230, 24 + max(7 * len(_short(point.name)) for point in points))
-    width, height = 720, 24 * len(points) + 58
     ends = [one for point in points for one in (point.low, point.high, point.x) if one is not None]
-    levels = [value for _, value in lines if _near(value, ends)]
-    scale = axis([*ends, *levels], name_width, width - 20)
-    bottom = 24 * len(points) + 18
-    parts = [*_upright_grid(scale, 14, bottom, percent)]
-    for name, value in lines:
-        if value in levels:
-            x = scale.at(value)
-            parts.append(_path(f"M{x:.1f} 14V{bottom}", FAINT, 1.2, "4 3"))
-            parts.append(f'<text x="{x:.1f}" y="10" text-anchor="middle" font-style="italic">{safe(name)}</text>')
+    levels = [(name, value) for name, value in lines if _near(value, ends)]
+    name_width = min(230, 24 + max(7 * len(_short(point.name)) for point in points))
+    top, width = 4 + 13 * len(levels), 720
+    bottom, height = top + 24 * len(points) + 4, top + 24 * len(points) + 44
+    scale = axis([*ends, *(value for _, value in levels)], name_width, width - 20)
+    parts = [*_upright_grid(scale, top, bottom, percent)]
+    for index, (name, value) in enumerate(levels):
+        x, y = scale.at(value), 12 + 13 * index
+        anchor = "start" if x < (name_width + width) / 2 else "end"
+        parts.append(_path(f"M{x:.1f} {y - 8}V{bottom}", FAINT, 1.2, "4 3"))
+        shift = 5 if anchor == "start" else -5
+        style = f'text-anchor="{anchor}" font-style="italic"'
+        parts.append(f'<text x="{x + shift:.1f}" y="{y}" {style}>{safe(_short(name))}</text>')
     for index, point in enumerate(points):
-        y, colour = 30 + 24 * index, COLOURS[point.style % len(COLOURS)]
+        y, colour = top + 16 + 24 * index, COLOURS[point.style % len(COLOURS)]
         parts.append(f'<text x="{name_width - 10}" y="{y + 4}" text-anchor="end">{safe(_short(point.name))}</text>')
         bar = ""
         if point.low is not None and point.high is not None:
@@ -228,7 +230,7 @@ def _upright_grid(scale: Axis, top: float, bottom: float, percent: float) -> Ite
 def _near(value: float, ends: Sequence[float]) -> bool:
     """Whether a level may be shown without pressing the intervals together."""
     low, high = min(ends), max(ends)
-    return low - 1.5 * (high - low) <= value <= high + 1.5 * (high - low)
+    return low - 0.6 * (high - low) <= value <= high + 0.6 * (high - low)
 
 
 def _mark(x: float, y: float, style: int, size: float = 4.2) -> str:

@@ -58,6 +58,8 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     caption: str = ""
+    words: Sequence[int] = ()
+    """Columns that hold text beside the first, from 0."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ def _texts(part: Part) -> Iterator[str]:
 
 def _table(part: Table) -> str:
     rows = [[cell(one) for one in row] for row in part.rows]
-    lines = [_line(map(plain, part.head)), _line(["---", *["---:"] * (len(part.head) - 1)])]
+    lines = [
+        _line(map(plain, part.head)),
+        _line("---" if at in (0, *part.words) else "---:" for at in range(len(part.head))),
+    ]
     for row in rows:
         lines.append(
             _line(_bold(plain(f"{one.text} ({one.below})" if one.below else one.text), one.tone) for one in row)

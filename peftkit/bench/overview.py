@@ -50,7 +50,7 @@ def recommendations(found: Sequence[tuple[Analysis, Recommendation | None]]) -> 
         ]
         for one, advice in found
     ]
-    return Table(["data set", "backbone", "budget", "use", "because"], rows)
+    return Table(["data set", "backbone", "budget", "use", "because"], rows, words=(1, 2, 3, 4))
 
 
 def wins(analyses: Sequence[Analysis]) -> Table | None:
@@ -59,10 +59,8 @@ def wins(analyses: Sequence[Analysis]) -> Table | None:
     if not blocks:
         return None
     rows = [[one.name, str(one.wins), str(one.ties), str(one.losses)] for one in win_tie_loss(blocks, LEVEL)]
-    caption = (
-        f"Over {len(blocks)} data sets, backbones and budgets and all pairs of methods there, after Holm's correction "
-        "within each; a tie is a pair that is not separable."
-    )
+    where = "one data set" if len(blocks) == 1 else f"{len(blocks)} combinations of data set, backbone and budget"
+    caption = f"All pairs of methods on {where}, with Holm's correction within each."
     return Table(["method", "better", "not separable", "worse"], rows, caption)
 
 
@@ -153,7 +151,7 @@ def detectable(analyses: Sequence[Analysis]) -> Table | None:
         f"The smallest true difference that would be found with a probability of {100 * POWER:g} % at the first step "
         "of Holm's correction, for the comparison of median spread. “Not separable” says little of smaller ones."
     )
-    return Table(head, rows, caption) if rows else None
+    return Table(head, rows, caption, (1,)) if rows else None
 
 
 def _design(analysis: Analysis, reference: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ nav a { background: #eef3f8; border-radius: 1rem; padding: .12rem .8rem; }
 .wide { overflow-x: auto; margin: .5rem 0 1.2rem; } .wide table { margin: 0; font-variant-numeric: tabular-nums; }
 .above { color: #5d6b78; font-size: .92em; margin-bottom: -.2rem; }
 td, th { padding: .26rem .5rem; vertical-align: top; white-space: nowrap; }
-td.text { white-space: normal; text-align: left; min-width: 24rem; }
+.word { text-align: left; } td.long { white-space: normal; min-width: 24rem; }
 td:first-child, th:first-child { padding-left: .3rem; position: sticky; left: 0; background: #fff; }
 th { vertical-align: bottom; font-size: .88em; color: #44525f; white-space: normal; }
 tbody tr { border-bottom: 1px solid #edf1f4; } tbody tr:hover td { background: #f6f9fc; }
@@ -76,17 +76,21 @@ def html(part: Part) -> str:
 
 def _table(part: Table) -> str:
     above = f'<p class="above">{safe(part.caption)}</p>' if part.caption else ""
-    head = "".join(f"<th>{safe(name)}</th>" for name in part.head)
-    body = "".join(f"<tr>{_row(row)}</tr>" for row in part.rows)
+    head = "".join(
+        f'<th class="word">{safe(name)}</th>' if at in part.words else f"<th>{safe(name)}</th>"
+        for at, name in enumerate(part.head)
+    )
+    body = "".join(f"<tr>{_row(row, part.words)}</tr>" for row in part.rows)
     return f'{above}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _row(row: Sequence[Cell | str]) -> str:
-    return "".join(_cell(cell(one)) for one in row)
+def _row(row: Sequence[Cell | str], words: Sequence[int]) -> str:
+    return "".join(_cell(cell(one), at in words) for at, one in enumerate(row))
 
 
-def _cell(one: Cell) -> str:
-    classes = [name for name in (one.tone, "text" if len(one.text) > LONG_TEXT else "") if name]
-    kind = f' class="{" ".join(classes)}"' if classes else ""
+def _cell(one: Cell, is_word: bool) -> str:
+    wanted = (one.tone, "word" if is_word else "", "long" if len(one.text) > LONG_TEXT else "")
+    classes = " ".join(filter(None, wanted))
+    kind = f' class="{classes}"' if classes else ""
     below = f"<small>{safe(one.below)}</small>" if one.below else ""
     return f"<td{kind}>{safe(one.text)}{below}</td>"

@@ -45,8 +45,9 @@ def _is_as_good(row: Row, best: Row, analysis: Analysis) -> bool:
 
 
 def _p(row: Row, best: Row, analysis: Analysis) -> float:
+    """Not corrected: correction guards those who say that two differ, and here it would let more count as equal."""
     names = analysis.pairs.names
-    return float(analysis.pairs.p_adjusted[names.index(row.entry.method), names.index(best.entry.method)])
+    return float(analysis.pairs.p_values[names.index(row.entry.method), names.index(best.entry.method)])
 
 
 def _price(row: Row) -> tuple[float, float, str]:
@@ -60,10 +61,10 @@ def _evidence(chosen: Row, best: Row, analysis: Analysis) -> str:
     if chosen.interval:
         score += f" (95 % {scale.between(chosen.interval.low, chosen.interval.high)})"
     if chosen is best:
-        cheaper = [row for row in analysis.scored if _price(row) < _price(chosen)]
+        cheaper = any(_price(row) < _price(chosen) for row in analysis.scored)
         told = "the best mean score" if len(analysis.scored) > 1 else "the only method with a score"
         worse = "; no cheaper method was found to be as good" if cheaper else ""
-        return f"{chosen.entry.method}: {told}, {score}{worse}."
+        return f"{chosen.entry.method}: {told}, {score}{worse}{_next(chosen, analysis)}."
     shared = on_shared_seeds(chosen.entry, best.entry)
     assert shared is not None
     apart = difference(*shared)
@@ -74,9 +75,24 @@ def _evidence(chosen: Row, best: Row, analysis: Analysis) -> str:
         words = f"not separable from the best mean, {best.entry.method}{'; ' + words if words else ''}"
     return (
         f"{chosen.entry.method}: {words}; {score}, {scale.change(apart.mean)} from {best.entry.method} "
-        f"(95 % {scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} among all pairs), with "
+        f"(95 % {scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} before correction), with "
         f"{_ratio(_parameters(chosen), _parameters(best))} of its trainable parameters"
         f"{_of_time(chosen, best)}."
+    )
+
+
+def _next(best: Row, analysis: Analysis) -> str:
+    """How far the second is from the first; empty where the two cannot be paired."""
+    second = next((row for row in analysis.scored if row is not best), None)
+    names = analysis.pairs.names
+    if second is None or best.entry.method not in names or second.entry.method not in names:
+        return ""
+    shared = on_shared_seeds(second.entry, best.entry)
+    assert shared is not None
+    scale, apart, p = Scale(analysis.block.is_share), difference(*shared), _p(second, best, analysis)
+    return (
+        f". Next is {second.entry.method}, {scale.change(apart.mean)} (95 % "
+        f"{scale.change_between(apart.low, apart.high)}, p {numbers.probability(p)} before correction)"
     )
 
 

@@ -153,7 +153,7 @@ def _block(
     if table := block_tables.afterwards(one):
         parts += [Heading("After training", 3), table, *block_charts.forgetting_against_learning(one, styles)]
     if drawn := block_charts.curves(one, styles):
-        parts += [Heading("Learning", 3), *drawn]
+        parts.append(Fold("Learning curves", drawn))
     return [*parts, *_rates(one)]
 
 
@@ -162,7 +162,8 @@ def _rates(one: Analysis) -> list[Part]:
     if found is None:
         return []
     table, notes = found
-    return [Heading("Learning rates", 3), table, *([Items(notes)] if notes else [])]
+    title = f"Learning rates that were tried{f' ({len(notes)} to be noted)' if notes else ''}"
+    return [Fold(title, [table, *([Items(notes)] if notes else [])])]
 
 
 def _cautions(one: Analysis) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from peftkit.bench.provenance import differing, refuse_mixed
 from peftkit.bench.samples import Array, Samples, Transform
-from peftkit.bench.store import ANSWERS, RUNS, Record, Store
+from peftkit.bench.store import ANSWERS, RUNS, Planned, Record, Store
 from peftkit.errors import DataError, PeftkitError, UsageError
 
 Place = tuple[str, str, str]
@@ -160,9 +160,12 @@ def _blocks(results: Results, store: Store) -> Iterable[Block]:
     there: dict[Names, list[Record]] = {}
     for record in results.records:
         there.setdefault(record.key.cell, []).append(record)
-    planned = _planned(store, results.records)
+    asked = store.planned()
+    planned = _planned(asked, results.records)
     methods = dict.fromkeys([*(cell[3] for cell in planned), *sorted({cell[3] for cell in there})])
-    for place in sorted({cell[:3] for cell in (*there, *planned)}, key=_place_order):
+    known = list(dict.fromkeys((one.backbone, one.data, one.budget) for one in asked))
+    others = {cell[:3] for cell in (*there, *planned)} - set(known)
+    for place in [*known, *sorted(others, key=_place_order)]:
         cells = [(*place, method) for method in methods]
         block = Block(
             *place,
@@ -178,13 +181,13 @@ def _blocks(results: Results, store: Store) -> Iterable[Block]:
         yield block
 
 
-def _planned(store: Store, records: Sequence[Record]) -> dict[Names, tuple[int, ...]]:
+def _planned(asked: Sequence[Planned], records: Sequence[Record]) -> dict[Names, tuple[int, ...]]:
     """The seeds that each cell was to have.
 
     Where nobody said, every method is expected wherever any is, with every seed of any.
     """
-    if cells := store.planned():
-        return {(one.backbone, one.data, one.budget, one.method): one.seeds for one in cells}
+    if asked:
+        return {(one.backbone, one.data, one.budget, one.method): one.seeds for one in asked}
     seeds = tuple(sorted({record.key.seed for record in records if record.key.phase == "final"}))
     places = {record.key.cell[:3] for record in records}
     return {(*place, method): seeds for place in places for method in sorted({one.key.method for one in records})}

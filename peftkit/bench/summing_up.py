@@ -71,7 +71,8 @@ def how_to_read(references: Sequence[str], margin: float, analyses: Sequence[Ana
         "Methods that share a group letter are not separable from one another (all pairs of a block, with Holm's "
         "correction).",
         "What is recommended is the cheapest of the methods that are as good as the best mean: those that are not "
-        "separable from it and have a mean within the margin of its mean, or were tested to be no worse by the margin. "
+        "separable from it, even before correction, and have a mean within the margin of its mean, or were tested to "
+        "be no worse by the margin. "
         "Of these, the fewest trainable parameters win, then the shortest training.",
         "Memory growth is what of the peak came with the model and its training. Forgetting is the change on a probe "
         "that the backbone was not tuned for.",
@@ -93,7 +94,7 @@ def gaps(results: Results) -> list[Part]:
         ("Damaged files", [f"{name}: {why}" for name, why in sorted(results.damaged.items())]),
         ("Runs that are whole and do not count", results.left_out),
     ]
-    table = [Table(["data set · backbone · budget", "method", "what", "why"], rows)] if rows else []
+    table = [Table(["data set · backbone · budget", "method", "what", "why"], rows, words=(1, 2, 3))] if rows else []
     return [
         *table,
         *(Fold(f"{title} ({len(texts):,})", [Items(_some(texts))], True) for title, texts in lists if texts),
@@ -124,7 +125,7 @@ def provenance(results: Results) -> list[Part]:
         else [name, same.get(name, NOTHING)]
         for name in dict.fromkeys([*same, *results.differing])
     ]
-    return [Table(["what", "of all finished runs"], rows)]
+    return [Table(["what", "of all finished runs"], rows, words=(1,))]
 
 
 def _cost(name: str, records: Iterable[Record]) -> list[str]:
