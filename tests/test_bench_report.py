@@ -393,6 +393,16 @@ class TestWhatCannotBeCompared:
         assert "No final run has a score yet" in text
         assert "| full | **85.00** |" in text
 
+    def test_no_trial_succeeded(self, tmp_path: Path) -> None:
+        changes = {"status": "out_of_memory", "error": "no room for 7 GiB", "dev": None}
+        write(tmp_path / "in", replace(MADE, methods=TRUE[:1]).runs())
+        write(tmp_path / "in", replace(MADE, methods=TRUE[1:2], seeds=(), changes=changes).runs())
+        report(tmp_path / "in", tmp_path / "out")
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert of_row(page, "better")[0][1] == "no trial succeeded"
+        assert of_row(page, "better")[-2][1:] == ["out of memory"] * 4
+        assert "out of memory: no room for 7 GiB" in page
+
     def test_a_method_with_one_seed_of_five_is_not_tested(self, tmp_path: Path) -> None:
         write(tmp_path / "in", replace(MADE, methods=TRUE[:3]).runs())
         write(tmp_path / "in", replace(MADE, methods=TRUE[3:], seeds=(4,)).runs())

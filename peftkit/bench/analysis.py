@@ -66,12 +66,17 @@ class Analysis:
     groups: Groups
     margin: float
     """Of "as good as", in units of the score."""
-    detectable: Mapping[str, float]
-    """Reference → the smallest true difference from it that would be found with a probability of 80 %."""
+    detectable: Mapping[str, tuple[float, float]]
+    """Reference → the smallest true difference from it that is found with a probability of 80 %: at the first step of
+    Holm's correction, and as the only comparison."""
 
     def row(self, method: str) -> Row | None:
         """The row of a method with a score."""
         return next((row for row in self.rows if row.entry.method == method and row.mean is not None), None)
+
+    def is_best(self, row: Row) -> bool:
+        """Whether no mean is better."""
+        return row.mean is not None and row.mean == self.scored[0].mean
 
     @property
     def scored(self) -> tuple[Row, ...]:
@@ -142,9 +147,12 @@ def _scale(block: Block, references: Sequence[str]) -> float:
     return abs(fmean(chosen)) or 1.0 if chosen else 1.0
 
 
-def _detectable(found: Sequence[Against], entries: Sequence[Entry]) -> float:
-    """Of the comparison whose standard error is the median, at Holm's first step."""
+def _detectable(found: Sequence[Against], entries: Sequence[Entry]) -> tuple[float, float]:
+    """Of the comparison whose standard error is the median."""
     typical = sorted(found, key=lambda one: one.difference.standard_error)[len(found) // 2]
     examples = next(entry.samples.examples for entry in entries if entry.samples)
     components = typical.difference.components
-    return smallest_detectable(components, typical.seeds, examples, POWER, LEVEL, len(found))
+    corrected, alone = (
+        smallest_detectable(components, typical.seeds, examples, POWER, LEVEL, count) for count in (len(found), 1)
+    )
+    return corrected, alone

@@ -24,6 +24,10 @@ TONES: Mapping[str, Tone] = {
 
 def state(entry: Entry) -> str:
     """What is not there of a cell, in words; empty where all of it is."""
+    if not entry.runs and not entry.failed:
+        if any(trial.status == "finished" for trial in entry.trials):
+            return "tuned, final runs missing"
+        return "no trial succeeded" if entry.trials else "missing"
     memory = [run for run in entry.failed if run.status == "out_of_memory"]
     failed = [run for run in entry.failed if run.status == "failed"]
     told = [
@@ -31,8 +35,6 @@ def state(entry: Entry) -> str:
         for some, what in ((memory, "out of memory"), (failed, "failed"), (entry.missing, "missing"))
         if some
     ]
-    if not told and not entry.runs:
-        return "tuned, not run yet" if entry.trials else "missing"
     return ", ".join(told)
 
 
@@ -134,11 +136,10 @@ def forgetting(runs: Sequence[Record], probe: str) -> list[float]:
 
 def _scored(row: Row, scale: Scale, references: Sequence[str], analysis: Analysis) -> list[Cell | str]:
     entry = row.entry
-    best = row is analysis.scored[0]
     interval = scale.between(row.interval.low, row.interval.high) if row.interval else NOTHING
     cells: list[Cell | str] = [
         entry.method,
-        Cell(scale.score(row.mean), "chosen" if best else ""),
+        Cell(scale.score(row.mean), "chosen" if analysis.is_best(row) else ""),
         interval,
         Cell(str(len(entry.seeds)), "", state(entry)),
     ]

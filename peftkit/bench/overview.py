@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from peftkit.bench import numbers
 from peftkit.bench.analysis import LEVEL, POWER, Analysis
@@ -140,24 +140,32 @@ def _means(group: Sequence[Analysis]) -> dict[str, list[float | None]]:
 
 def detectable(analyses: Sequence[Analysis]) -> Table | None:
     """What the results could have shown."""
-    head = ["data set · backbone · budget", "against", "seeds", "test examples", "smallest detectable", "margin"]
-    rows = [
-        [one.block.title, name, *_design(one, name), scale.margin(float(f"{smallest:.3g}")), scale.margin(one.margin)]
-        for one in analyses
-        for scale in (Scale(one.block.is_share),)
-        for name, smallest in one.detectable.items()
+    head = [
+        "data set · backbone · budget",
+        "against",
+        "seeds",
+        "test examples",
+        "smallest detectable",
+        "alone",
+        "margin",
     ]
+    rows = [[one.block.title, name, *_design(one, name)] for one in analyses for name in one.detectable]
     caption = (
-        f"The smallest true difference that would be found with a probability of {100 * POWER:g} % at the first step "
-        "of Holm's correction, for the comparison of median spread. “Not separable” says little of smaller ones."
+        f"The smallest true difference that would be found with a probability of {100 * POWER:g} %, for the comparison "
+        "of median spread: at the first step of Holm's correction, and as the only comparison. “Not separable” says "
+        "little of smaller ones."
     )
     return Table(head, rows, caption, (1,)) if rows else None
 
 
-def _design(analysis: Analysis, reference: str) -> tuple[str, str]:
-    row = analysis.row(reference)
+def _design(analysis: Analysis, reference: str) -> Iterator[str]:
+    row, scale = analysis.row(reference), Scale(analysis.block.is_share)
     assert row is not None and row.entry.samples is not None
-    return str(len(row.entry.seeds)), f"{row.entry.samples.examples:,}" if row.entry.per_example else NOTHING
+    yield str(len(row.entry.seeds))
+    yield f"{row.entry.samples.examples:,}" if row.entry.per_example else NOTHING
+    for smallest in analysis.detectable[reference]:
+        yield scale.margin(float(f"{smallest:.3g}"))
+    yield scale.margin(analysis.margin)
 
 
 def by_setting(analyses: Sequence[Analysis]) -> Mapping[tuple[str, str], list[Analysis]]:
@@ -186,4 +194,4 @@ def _summed(analysis: Analysis, name: str) -> Cell:
     told = [scale.between(row.interval.low, row.interval.high)] if row.interval else []
     first = next(iter(analysis.detectable), "")
     told += [row.against[first].verdict] if first in row.against else []
-    return Cell(scale.score(row.mean), "chosen" if row is analysis.scored[0] else "", "; ".join(told))
+    return Cell(scale.score(row.mean), "chosen" if analysis.is_best(row) else "", "; ".join(told))

@@ -86,7 +86,8 @@ def gaps(results: Results) -> list[Part]:
     for block in results.blocks:
         for entry in block.entries:
             if told := state(entry):
-                errors = dict.fromkeys(_error(run) for run in entry.failed)
+                unscored = entry.failed or [trial for trial in entry.trials if trial.status != "finished"]
+                errors = dict.fromkeys(map(_error, unscored))
                 rows.append([block.title, entry.method, Cell(told, "bad"), "; ".join(errors) or NOTHING])
     failed = [one for one in results.records if one.key.phase == "trial" and one.status != "finished"]
     lists = [
