@@ -266,6 +266,8 @@ class TestThePage:
         assert not [line for line in text.splitlines() if line.startswith("| ") and re.search(r"[^\\]`", line)]
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| ")}
         assert max(widths) < 15
+        assert "**Learning curves**" not in text
+        assert "> **Use** " in text
         assert "'=1+1" in (tmp_path / "out" / "cells.csv").read_text()
 
     def test_the_same_results_give_the_same_bytes(self, made: Path, out: Path, tmp_path: Path) -> None:

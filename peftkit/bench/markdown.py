@@ -34,9 +34,8 @@ def _texts(part: Part) -> Iterator[str]:
             yield from [plain(part.caption)] if part.caption else []
             yield _table(part)
         case Fold():
-            yield f"**{plain(part.title)}**"
-            for one in part.parts:
-                yield from _texts(one)
+            within = [text for one in part.parts for text in _texts(one)]
+            yield from [f"**{plain(part.title)}**", *within] if within else []
         case Links() | Charts():
             return
 

@@ -141,7 +141,7 @@ def _block(
     parts: list[Part] = [Heading(block.title, 2, anchor)]
     if not one.scored:
         return [*parts, Paragraph("No final run has a score yet.", "warning"), *_rates(one)]
-    parts += [Paragraph(advice.text, "advice", "Use ")] if advice else []
+    parts += [Paragraph(advice.text, "advice", "Use")] if advice else []
     for note in (*_cautions(one), *_collapsed(one, known)):
         parts.append(Paragraph(note, "warning"))
     parts += [block_charts.scores(one, styles, known), block_tables.scores(one, known)]
