@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from peftkit.bench.store import RESULTS, RUNS
 from peftkit.console import say
 from peftkit.errors import DataError, UsageError
 
@@ -51,6 +50,7 @@ def report_command(options: argparse.Namespace) -> None:
         DataError: after writing, where files were damaged: the report is without them.
     """
     from peftkit.bench.report import MARGIN, report
+    from peftkit.bench.store import RUNS
 
     folder = options.folder or _newest()
     written = report(
@@ -74,6 +74,8 @@ def report_command(options: argparse.Namespace) -> None:
 
 def _newest() -> Path:
     """The folder of results to which a run was added last."""
+    from peftkit.bench.store import RESULTS, RUNS
+
     found = [one for one in RESULTS.glob(f"*/{RUNS}") if one.is_dir()]
     if not found:
         raise UsageError(f"no results under {RESULTS}; name a folder, or make some with `peftkit bench run GRID`")
