@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_scale
 
 1,000 cells: 4 backbones × 10 data sets × 25 methods, each with 5 trials on dev and 5 final runs of 1,000 test examples,
-so 10,000 runs. One process, one thread; files are in the disk's cache, because they have just been written.
+so 10,000 runs. One process, one thread; files are in the disk's cache, because they have just been written. Where other
+work shares the processor, which the load averages tell, the processor's seconds are what counts.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     document = {
         "command": " ".join(["python -m benchmarks.bench_scale", *sys.argv[1:]]),
         "environment": describe(),
+        "load_average": [round(one, 2) for one in os.getloadavg()],
         "runs": count,
         "cells": 4 * options.data_sets * options.methods,
         "examples": options.examples,

@@ -148,9 +148,10 @@ class TestKnownAnswers:
         assert (float(row["low"]), float(row["high"])) == pytest.approx((ends.low, ends.high))
         page, text = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
         (shown_row, *_) = [found for found in of_row(page, method) if len(found) > 10 and "to" in found[2]]
-        assert shown_row[1:4] == [f"{100 * mean:.2f}", f"{100 * ends.low:.2f} to {100 * ends.high:.2f}", "5"]
+        assert shown_row[1:3] == [f"{100 * mean:.2f}", f"{100 * ends.low:.2f} to {100 * ends.high:.2f}"]
+        assert shown_row[3] == f"5 {100 * samples.values.min():.2f} to {100 * samples.values.max():.2f}"
         score = f"**{100 * mean:.2f}**" if method == "better" else f"{100 * mean:.2f}"
-        assert f"| {method} | {score} | {100 * ends.low:.2f} to {100 * ends.high:.2f} | 5 |" in text
+        assert f"| {method} | {score} | {100 * ends.low:.2f} to {100 * ends.high:.2f} | 5 (" in text
 
     @pytest.mark.parametrize("reference", ["full", "lora"])
     def test_differences_are_paired_and_corrected(self, made: Path, out: Path, reference: str) -> None:
@@ -217,6 +218,15 @@ class TestKnownAnswers:
         page = (out / "report.html").read_text(encoding="utf-8")
         assert of_row(page, "majority")[0][1] == "50.90"
         assert of_row(page, "untuned")[0][1] == "52.00"
+
+    def test_a_seed_that_learnt_nothing_is_told(self, tmp_path: Path) -> None:
+        methods = [TRUE[0], replace(TRUE[2], accuracy=0.45)]
+        write(tmp_path / "in", replace(MADE, methods=methods, seeds=(1, 2)).runs())
+        ((_, advice),) = report(tmp_path / "in", tmp_path / "out").advice
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert "lora: seeds 1, 2 did no better than always giving the most frequent answer" in page
+        assert "full: seed" not in page
+        assert advice and advice.method == "full"
 
     def test_learning_rates(self, out: Path) -> None:
         page = (out / "report.html").read_text(encoding="utf-8")

@@ -41,11 +41,12 @@ def scores(analysis: Analysis, styles: Styles, baselines: Mapping[str, float]) -
             row.interval.high if row.interval else None,
             f"{row.entry.method}: {scale.score(row.mean)}"
             + (f", 95 % {scale.between(row.interval.low, row.interval.high)}" if row.interval else ""),
+            tuple(map(float, row.entry.samples.values)) if row.entry.samples else (),
         )
         for row in analysis.scored
     ]
     drawn = intervals(
-        points, f"{analysis.block.headline}, mean and 95 % interval", [*baselines.items()], _factor(scale)
+        points, f"{analysis.block.headline}: mean, 95 % interval, and each seed", [*baselines.items()], _factor(scale)
     )
     return Charts([("", drawn)])
 

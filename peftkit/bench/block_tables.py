@@ -53,8 +53,9 @@ def scores(analysis: Analysis, baselines: Mapping[str, float]) -> Table:
     for row in analysis.rows:
         if row.mean is None:
             rows.append([row.entry.method, Cell(state(row.entry), "bad"), "", "0", *blank])
+    letters = "Methods that share a letter are not separable."
     points = " Scores, differences and intervals of this table are points of a hundred." if scale.is_share else ""
-    return Table(head, rows, f"Mean over seeds.{points} Methods that share a letter are not separable.")
+    return Table(head, rows, f"Mean over seeds, and below their number the lowest and highest.{points} {letters}")
 
 
 def costs(analysis: Analysis, reference: str | None) -> Table:
@@ -141,11 +142,18 @@ def _scored(row: Row, scale: Scale, references: Sequence[str], analysis: Analysi
         entry.method,
         Cell(scale.score(row.mean), "chosen" if analysis.is_best(row) else ""),
         interval,
-        Cell(str(len(entry.seeds)), "", state(entry)),
+        Cell(str(len(entry.seeds)), "", "; ".join(filter(None, (_range(entry, scale), state(entry))))),
     ]
     for name in references:
         cells += _compared(row.against.get(name), scale) if name != entry.method else ["", "", Cell("itself", "quiet")]
     return [*cells, row.letters or NOTHING]
+
+
+def _range(entry: Entry, scale: Scale) -> str:
+    """The scores of the lowest and the highest seed; empty of one."""
+    assert entry.samples is not None
+    values = entry.samples.values
+    return scale.between(float(values.min()), float(values.max())) if len(values) > 1 else ""
 
 
 def _compared(found: Against | None, scale: Scale) -> list[Cell | str]:

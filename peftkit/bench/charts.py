@@ -27,6 +27,8 @@ class Point:
     low: float | None = None
     high: float | None = None
     note: str = ""
+    each: tuple[float, ...] = ()
+    """What x is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def axis(values: Sequence[float], start: float, end: float, logarithmic: bool = 
 
 
 def intervals(points: Sequence[Point], label: str, lines: Sequence[tuple[str, float]] = (), percent: float = 1) -> str:
-    """Lying intervals, one a row, the first on top; `lines` are levels to compare with."""
+    """Lying intervals, one a row, the first on top, with what each is a mean of; `lines` are levels to compare with."""
     if not points:
         return ""
-    ends = [one for point in points for one in (point.low, point.high, point.x) if one is not None]
+    ends = [one for point in points for one in (point.low, point.high, *point.each) if one is not None]
     levels = [(name, value) for name, value in lines if _near(value, ends)]
     name_width = min(230, 24 + max(7 * len(_short(point.name)) for point in points))
     top, width = 4 + 13 * len(levels), 720
@@ -103,7 +105,9 @@ def intervals(points: Sequence[Point], label: str, lines: Sequence[tuple[str, fl
         bar = ""
         if point.low is not None and point.high is not None:
             bar = _path(f"M{scale.at(point.low):.1f} {y}H{scale.at(point.high):.1f}", colour, 5, opacity=0.35)
-        parts.append(f"<g>{_title(point.note or point.name)}{bar}{_mark(scale.at(point.x), y, point.style)}</g>")
+        each = "".join(_mark(scale.at(one), y, point.style, 1.8) for one in point.each if len(point.each) > 1)
+        mean = _mark(scale.at(point.x), y, point.style)
+        parts.append(f"<g>{_title(point.note or point.name)}{bar}{each}{mean}</g>")
     parts.append(f'<text x="{(name_width + width) / 2:.0f}" y="{height - 6}" text-anchor="middle">{safe(label)}</text>')
     return _svg(width, height, label, parts)
 

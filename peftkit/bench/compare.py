@@ -110,7 +110,8 @@ def shown(found: Comparison) -> str:
         scale = Scale(not one.lower_is_better and 0 <= one.first <= 1 and 0 <= one.second <= 1)
         place = " · ".join((one.data, one.backbone, one.budget, one.method))
         figures = [scale.score(one.first), scale.score(one.second), scale.change(one.difference)]
-        figures += [scale.change_between(one.low, one.high), numbers.probability(one.p_adjusted)]
+        tested = [scale.change_between(one.low, one.high), numbers.probability(one.p_adjusted)]
+        figures += ["", ""] if one.identical else tested
         rows.append([place, one.headline, str(one.seeds), *figures, one.verdict])
     lines = [table(rows)] if found.changes else ["no cell has final runs in both"]
     for folder, only in zip(found.folders, (found.only_first, found.only_second), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def _block(
     if not one.scored:
         return [*parts, Paragraph("No final run has a score yet.", "warning"), *_rates(one)]
     parts += [Paragraph(advice.text, "advice", "Use ")] if advice else []
-    for note in _cautions(one):
+    for note in (*_cautions(one), *_collapsed(one, known)):
         parts.append(Paragraph(note, "warning"))
     parts += [block_charts.scores(one, styles, known), block_tables.scores(one, known)]
     if len(one.groups.members) > 1:
@@ -164,6 +164,21 @@ def _rates(one: Analysis) -> list[Part]:
     table, notes = found
     title = f"Learning rates that were tried{f' ({len(notes)} to be noted)' if notes else ''}"
     return [Fold(title, [table, *([Items(notes)] if notes else [])])]
+
+
+def _collapsed(one: Analysis, known: Mapping[str, float]) -> Iterator[str]:
+    """Seeds that learnt nothing, which a mean hides."""
+    if "majority" not in known:
+        return
+    for row in one.scored:
+        scored = zip(row.entry.seeds, row.entry.samples.values if row.entry.samples else (), strict=True)
+        lower = one.block.lower_is_better
+        lost = [
+            str(seed) for seed, value in scored if (value >= known["majority"] if lower else value <= known["majority"])
+        ]
+        if lost:
+            seeds = f"seed{'' if len(lost) == 1 else 's'} {', '.join(lost)}"
+            yield f"{row.entry.method}: {seeds} did no better than always giving the most frequent answer."
 
 
 def _cautions(one: Analysis) -> list[str]:

@@ -67,8 +67,8 @@ def report_command(options: argparse.Namespace) -> None:
     if damaged := written.results.damaged:
         told = "\n".join(f"  {name}: {why}" for name, why in sorted(damaged.items()))
         raise DataError(
-            f"{folder}: {len(damaged)} files are damaged, and the report is without them; remove them, and "
-            f"`peftkit bench run` makes them again\n{told}"
+            f"{folder}: {len(damaged)} files are damaged, and the report is without them; remove "
+            f"{RUNS}/<id>.json of each, and `peftkit bench run` makes them again\n{told}"
         )
 
 
