@@ -18,6 +18,7 @@ from benchmarks.made_runs import make_run
 from peftkit.artifacts.fresh_process import Rereader
 from peftkit.artifacts.loading import merge_backbone
 from peftkit.artifacts.merge import merge, write_merged
+from peftkit.artifacts.rounding import rounded
 from peftkit.artifacts.settings import MergeSettings
 from peftkit.artifacts.store import load_run
 from peftkit.artifacts.streamed import merge_streamed
@@ -267,6 +268,22 @@ def test_float64_is_rounded_once(dtype: Any, copied: Path, tmp_path: Path) -> No
     assert not torch.equal(torch.from_numpy(exact).to(getattr(torch, dtype)).double(), found)
     merge_streamed(copied, tmp_path / "streamed", settings)
     assert file_sha256(tmp_path / "streamed" / "model.safetensors") == file_sha256(tmp_path / "out/model.safetensors")
+
+
+def test_every_kind_of_number_is_rounded_to_the_nearest() -> None:
+    """As numpy casts to float16, which goes there at once; subnormal, infinite and none among them."""
+    chance = numpy.random.default_rng(0)
+    values = numpy.ldexp(1 + chance.integers(0, 2**12, 4000) / 2**11, chance.integers(-30, 18, 4000))
+    values *= chance.choice([-1, 1], 4000) * (1 + chance.choice([-1, 0, 1], 4000) * 2.0**-40)
+    values = numpy.concatenate([values, [0.0, -0.0, numpy.inf, -numpy.inf, numpy.nan]])
+    with numpy.errstate(over="ignore"):
+        wanted = values.astype(numpy.float16)
+    tensor = torch.from_numpy(values)
+    found = rounded(tensor, torch.float16)
+    assert (found.numpy().view(numpy.int16) == wanted.view(numpy.int16))[:-1].all() and found[-1].isnan()
+    assert not torch.equal(tensor[:-1].half(), found[:-1])
+    assert torch.equal(rounded(tensor[:-1].float(), torch.float16), tensor[:-1].float().half())
+    assert torch.equal(rounded(torch.arange(3), torch.float16), torch.arange(3))
 
 
 def test_the_report_has_the_figures(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,12 +46,12 @@ def metadata(manifest: dict[str, Any], power: Power) -> dict[str, Any] | None:
     """The Hub's `co2_eq_emissions`; None where nothing is known."""
     if power.watts is None or power.grams is None:
         return None
-    return {
+    found = {
         "emissions": round(_kilowatt_hours(manifest, power.watts) * power.grams, 3),
         "source": f"estimate: {_seconds(manifest):,.0f} s of training x {power.watts:g} W x {power.grams:g} g/kWh",
         "training_type": "fine-tuning",
-        "hardware_used": told_hardware(manifest),
     }
+    return found | ({"hardware_used": told_hardware(manifest)} if manifest.get("hardware") else {})
 
 
 def told(manifest: dict[str, Any], power: Power) -> list[str]:
