@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -273,35 +272,6 @@ def test_problems_of_one_and_of_many_read_well(capsys: pytest.CaptureFixture[str
 def test_an_error_that_nobody_foresaw_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         guard(lambda: 1 / 0)
-
-
-def test_an_interrupted_training_goes_on_where_it_was(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "peftkit.cli", "train", str(write_config()), "training.epochs=10"]
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a test run in the background may have handed down an ignored SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("interrupted; ")
-    assert not (folder / "manifest.json").exists()
-
-    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "continuing from step" in again.stdout + again.stderr
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["training"]["steps"] == 100
 
 
 # --- recipes ---------------------------------------------------------------------------------------

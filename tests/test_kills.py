@@ -119,7 +119,7 @@ def test_killed_at_any_operation_on_a_file(operation: int, killer: Killer, folde
     assert_same(folder / "lora" / name, whole(killer, folder, "lora"))
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("method", ["adalora"])
 def test_two_processes_of_which_either_is_killed(method: str, killer: Killer, folder: Path) -> None:
     for rank, moment in ((1, ("step", 4)), (0, ("file", 50)), (1, ("step", 17))):
         codes = train(killer, folder, method, "two", moment=moment, processes=2, rank=rank)

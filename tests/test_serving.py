@@ -8,7 +8,6 @@ import logging
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -420,10 +419,11 @@ def test_limits_refuse_what_is_too_much(readers: Registry, open_client: Callable
 def test_time_and_concurrency_are_limited(
     readers: Registry, open_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client: Any = open_client(readers, seconds=1.0, concurrency=1)
-    held, compute = threading.Event(), client.service.batcher.compute
+    client: Any = open_client(readers, seconds=2.0, concurrency=1)
+    begun, held, compute = threading.Event(), threading.Event(), client.service.batcher.compute
 
     def slowly(batch: list[Unit]) -> None:
+        begun.set()
         held.wait(20)
         compute(batch)
 
@@ -431,7 +431,7 @@ def test_time_and_concurrency_are_limited(
     path = "/v1/adapters/sentiment/predict"
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, path, json={"texts": ["a good film"]})
-        time.sleep(0.4)
+        assert begun.wait(20)
         second = client.post(path, json={"texts": ["a film"]})
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
         assert client.get("/health").status_code == client.get("/ready").status_code == 200

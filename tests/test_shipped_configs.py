@@ -22,16 +22,17 @@ ROWS = {"reuters_r8": 100, "semeval2010_task8": 240, "wnut17": 300}
 WORDS = ["task.max_length=8"]
 SPANS = ["task.max_length=64", "task.stride=16"]
 FEW = ["task.data.limit=8", "training.evaluation_batch_size=8"]
+FEWER = ["task.data.limit=4", "training.batch_size=2", "training.evaluation_batch_size=4"]
 ANSWERS = ["task.generation={max_new_tokens: 2, limit: 2, metrics: [rouge]}"]
 LITTLE = {
     "sequence_classification": WORDS,
     "token_classification": [*WORDS, "task.long_rows=cut"],
     "relation_extraction": ["task.max_length=32"],
-    "question_answering": SPANS,
+    "question_answering": [*SPANS, "task.data.limit=12"],
     "label_words": [*FEW, "task.max_length=160"],
     "plain_text": [*FEW, "task.max_length=48"],
-    "completion": [*FEW, *ANSWERS, "task.max_length=96"],
-    "chat": [*FEW, *ANSWERS, "training.batch_size=2"],
+    "completion": [*FEWER, *ANSWERS, "task.max_length=96"],
+    "chat": [*FEWER, *ANSWERS],
     "seq2seq": ANSWERS,
 }
 """By task: little work a row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def imports(body: list[ast.stmt], inside_functions: bool) -> Iterator[str]:
                 yield from imports(block, inside_functions)
 
 
+@cache
 def imported_by(file: Path, inside_functions: bool = True) -> set[str]:
     return set(imports(ast.parse(file.read_text(encoding="utf-8")).body, inside_functions))
 
