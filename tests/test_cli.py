@@ -66,16 +66,19 @@ def test_the_quick_verbs_import_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["validate", str(LORA)]], ids=["help", "validate"])
 def test_the_quick_verbs_are_quick(arguments: list[str]) -> None:
-    def processor_seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    """Beside the import of torch, because how fast machines are differs, and one machine's speed from hour to hour."""
 
-    seconds = []
-    for _ in range(5):
-        before = processor_seconds()
-        assert peftkit(*arguments).returncode == 0
-        seconds.append(processor_seconds() - before)  # unlike the clock, the same beside other work
-    assert min(seconds) <= 0.5
+    def least(call: Callable[[], Finished]) -> float:
+        seconds = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            assert call().returncode == 0
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            # the processor's, which other work does not lengthen as it does the clock's
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(seconds)
+
+    assert least(lambda: peftkit(*arguments)) <= 0.4 * least(lambda: python("-c", "import torch"))
 
 
 # --- each verb -------------------------------------------------------------------------------------
