@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import runpy
@@ -69,3 +70,16 @@ def _words(line: str) -> list[str]:
     import shlex
 
     return shlex.split(line.partition(" | ")[0])
+
+
+def test_figures_of_the_comparison_are_those_of_its_report() -> None:
+    with (ROOT / "benchmarks" / "results" / "main" / "report" / "cells.csv").open(encoding="utf-8") as file:
+        cells = {row["method"]: row for row in csv.DictReader(file) if row["data"] == "sst2"}
+    table = README.partition("| SST-2, MiniLM |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 3
+    for line in table:
+        name, mean, interval, trainable, *_ = [cell.strip() for cell in line.strip("|").split("|")]
+        low, high = interval.split(" to ")
+        told = [float(cells[name][key]) for key in ("mean", "low", "high")]
+        assert [mean, low, high] == [f"{100 * value:.2f}" for value in told]
+        assert int(trainable.replace(",", "")) == float(cells[name]["trainable_parameters"])
