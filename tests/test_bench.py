@@ -246,7 +246,9 @@ class TestStore:
         store = Store(tmp_path)
         store.add(self.record, Answers(predictions=("x",) * 100))
         file = tmp_path / "answers" / f"{self.record.id}.json.gz"
-        for content in (file.read_bytes()[:20], gzip.compress(b"{}"), b""):
+        whole = file.read_bytes()
+        bad_code = whole[:10] + b"\xff" + whole[11:]  # zlib's own error, which is no OSError
+        for content in (whole[:20], gzip.compress(b"{}"), b"", bad_code):
             file.write_bytes(content)
             with pytest.raises(UsageError, match=r"cannot be read .* remove runs/a+\.json beside it"):
                 store.answers(self.record.id)

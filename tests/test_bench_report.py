@@ -32,7 +32,7 @@ from peftkit.bench.report_command import add_compare_options, add_report_options
 from peftkit.bench.results import read
 from peftkit.bench.samples import Samples
 from peftkit.bench.statistics import equivalence, interval
-from peftkit.bench.store import Answers, Planned, Record, Score, Store
+from peftkit.bench.store import Answers, PlannedCell, Record, Score, Store
 from peftkit.console import Parser, guard
 from peftkit.errors import DataError, UsageError
 
@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.add(unscored("late", 1, "failed", "the loss is NaN at step 12\nmore"))
     methods = [*(one.name for one in TRUE), "wide", "late"]
     store.plan(
-        Planned(backbone="minilm", data=data, budget="all", method=method, seeds=tuple(MADE.seeds))
+        PlannedCell(backbone="minilm", data=data, budget="all", method=method, seeds=tuple(MADE.seeds))
         for data, names in (("sst2", methods), ("trec", methods[:1]))
         for method in names
     )

@@ -9,7 +9,8 @@ from peftkit.bench import numbers
 from peftkit.bench.analysis import Against, Analysis, Row
 from peftkit.bench.document import Cell, Table, Tone
 from peftkit.bench.numbers import NOTHING, Scale
-from peftkit.bench.results import Entry, best_rate, dev_means
+from peftkit.bench.rates import best_rate, dev_means
+from peftkit.bench.results import Entry
 from peftkit.bench.store import Record
 
 TONES: Mapping[str, Tone] = {

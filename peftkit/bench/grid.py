@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from peftkit.backbones.load import BackboneSettings
-from peftkit.bench.store import Key, Phase
-from peftkit.bench.store import Planned as PlannedCell
+from peftkit.bench.store import Key, Phase, PlannedCell
 from peftkit.config import Run, run_id, validate
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems

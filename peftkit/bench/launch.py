@@ -55,9 +55,9 @@ def run_cells(
     started = 0
     processes = _Processes(workers)
     with ThreadPoolExecutor(workers) as pool:
+        state = state_of(cells, records)
         try:
             while True:
-                state = state_of(cells, records)
                 busy = {one.id for one in running.values()}
                 for planned in state.pending:
                     if len(running) == workers or (limit is not None and started == limit):
@@ -75,7 +75,8 @@ def run_cells(
                     if record is None:
                         raise PeftkitError(f"{store.folder}: run {planned.id} left no record; is the disk full?")
                     records[planned.id] = record
-                    say(_line(record, state_of(cells, records)))
+                    state = state_of(cells, records)
+                    say(_line(record, state))
         except BaseException:
             processes.end()
             raise

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 
 from peftkit.bench.provenance import differing, refuse_mixed
+from peftkit.bench.rates import best_rate
 from peftkit.bench.samples import Array, Samples, Transform
-from peftkit.bench.store import ANSWERS, RUNS, Planned, Record, Store
+from peftkit.bench.store import ANSWERS, RUNS, PlannedCell, Record, Store
 from peftkit.errors import DataError, PeftkitError, UsageError
 
 Place = tuple[str, str, str]
@@ -181,7 +181,7 @@ def _blocks(results: Results, store: Store) -> Iterable[Block]:
         yield block
 
 
-def _planned(asked: Sequence[Planned], records: Sequence[Record]) -> dict[Names, tuple[int, ...]]:
+def _planned(asked: Sequence[PlannedCell], records: Sequence[Record]) -> dict[Names, tuple[int, ...]]:
     """The seeds that each cell was to have.
 
     Where nobody said, every method is expected wherever any is, with every seed of any.
@@ -229,24 +229,6 @@ def _one_a_seed(finished: Sequence[Record], trials: Sequence[Record], left_out: 
         else:
             kept[key.seed] = record
     return list(kept.values())
-
-
-def best_rate(trials: Iterable[Record]) -> float | None:
-    """The learning rate with the best mean score on dev; the smaller of two that are equal. None without any score."""
-    means = dev_means(trials)
-    if not means:
-        return None
-    lower = any(trial.dev.lower_is_better for trial in trials if trial.dev)
-    return min(means, key=lambda rate: (means[rate] if lower else -means[rate], rate))
-
-
-def dev_means(trials: Iterable[Record]) -> dict[float, float]:
-    """Learning rate → mean score on dev, of finished trials, by rate."""
-    found: dict[float, list[float]] = {}
-    for trial in trials:
-        if trial.status == "finished" and trial.dev and trial.key.learning_rate is not None:
-            found.setdefault(trial.key.learning_rate, []).append(trial.dev.value)
-    return {rate: fmean(found[rate]) for rate in sorted(found)}
 
 
 def _answers(record: Record, results: Results, store: Store) -> Row | None:

@@ -8,6 +8,7 @@ were asked for, so that a report shows what is missing.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Key(Section):
         return (self.backbone, self.data, self.budget, self.method)
 
 
-class Planned(Section):
+class PlannedCell(Section):
     """A cell of a grid, and the seeds that its final runs are to have."""
 
     backbone: str
@@ -149,7 +150,7 @@ class Answers(Section):
     transform: Literal["identity", "exp"] = "identity"
 
 
-_PLAN = TypeAdapter(tuple[Planned, ...])
+_PLAN = TypeAdapter(tuple[PlannedCell, ...])
 
 
 class Store:
@@ -169,12 +170,12 @@ class Store:
         with whole_file(self._record(record.id)) as partial:
             partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-    def plan(self, cells: Iterable[Planned]) -> None:
+    def plan(self, cells: Iterable[PlannedCell]) -> None:
         """Keep which cells were asked for, in the order in which a report shows their methods."""
         with whole_file(self.folder / PLANNED) as partial:
             partial.write_bytes(_PLAN.dump_json(tuple(cells), indent=1) + b"\n")
 
-    def planned(self) -> tuple[Planned, ...]:
+    def planned(self) -> tuple[PlannedCell, ...]:
         """The cells that were asked for; none where nobody said.
 
         Raises:
@@ -199,20 +200,17 @@ class Store:
         self.damaged.clear()
         for file in sorted((self.folder / RUNS).glob("*.json")):
             try:
-                record = Record.model_validate_json(file.read_bytes())
-            except (OSError, ValidationError) as error:
+                record = _read(file)
+            except (OSError, ValueError) as error:
                 self.damaged[file.name] = _short(error)
-                continue
-            if record.id != file.stem:
-                self.damaged[file.name] = f"it holds run {record.id}"
-                continue
-            yield record
+            else:
+                yield record
 
     def find(self, name: str) -> Record | None:
         """The run of that id, if it is there and whole."""
         try:
-            return Record.model_validate_json(self._record(name).read_bytes())
-        except (OSError, ValidationError):
+            return _read(self._record(name))
+        except (OSError, ValueError):
             return None
 
     def answers(self, name: str) -> Answers:
@@ -224,7 +222,7 @@ class Store:
         file = self._answers(name)
         try:
             return Answers.model_validate_json(gzip.decompress(file.read_bytes()))
-        except (OSError, EOFError, ValidationError) as error:
+        except (OSError, EOFError, zlib.error, ValidationError) as error:
             raise UsageError(
                 f"{file}: the answers of this run cannot be read ({_short(error)}); remove runs/{name}.json beside it, "
                 "and `peftkit bench run` makes both again"
@@ -235,6 +233,14 @@ class Store:
 
     def _answers(self, name: str) -> Path:
         return self.folder / ANSWERS / f"{name}.json.gz"
+
+
+def _read(file: Path) -> Record:
+    """A record; raises OSError or ValueError where it is not there, not whole, or another's."""
+    record = Record.model_validate_json(file.read_bytes())
+    if record.id != file.stem:
+        raise ValueError(f"it holds run {record.id}")
+    return record
 
 
 def _short(error: Exception) -> str:

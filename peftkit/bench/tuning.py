@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from peftkit.bench.grid import Cell, Planned
+from peftkit.bench.rates import best_rate
 from peftkit.bench.store import Record
 
 DIGITS = 6
@@ -44,9 +44,8 @@ def progress(cell: Cell, records: Mapping[str, Record]) -> Progress:
         pending = tuple(one for one in trials.values() if one.id not in records)
         if pending:
             return Progress("tuning", pending, rates=tuple(rates))
-        found = {rate: _goodness(records[one.id]) for rate, one in trials.items()}
-        best = max(rates, key=lambda rate: (found[rate], -rate))
-        if found[best] == -math.inf:
+        best = best_rate([records[one.id] for one in trials.values()])
+        if best is None:
             return Progress("stuck", (), rates=tuple(rates))
         beyond = _beyond(rates, best) if extensions_left else None
         if beyond is None:
@@ -60,12 +59,6 @@ def _final(cell: Cell, records: Mapping[str, Record], rate: float | None, rates:
     pending = tuple(one for one in runs if one.id not in records)
     at_edge = len(rates) > 1 and rate in (rates[0], rates[-1])
     return Progress("final" if pending else "done", pending, rate, rates, at_edge)
-
-
-def _goodness(record: Record) -> float:
-    if record.status != "finished" or record.dev is None:
-        return -math.inf
-    return -record.dev.value if record.dev.lower_is_better else record.dev.value
 
 
 def _beyond(rates: list[float], best: float) -> float | None:
