@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+
+from benchmarks import published
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,14 +73,5 @@ def _words(line: str) -> list[str]:
     return shlex.split(line.partition(" | ")[0])
 
 
-def test_figures_of_the_comparison_are_those_of_its_report() -> None:
-    with (ROOT / "benchmarks" / "results" / "main" / "report" / "cells.csv").open(encoding="utf-8") as file:
-        cells = {row["method"]: row for row in csv.DictReader(file) if row["data"] == "sst2"}
-    table = README.partition("| SST-2, MiniLM |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(table) >= 3
-    for line in table:
-        name, mean, interval, trainable, *_ = [cell.strip() for cell in line.strip("|").split("|")]
-        low, high = interval.split(" to ")
-        told = [float(cells[name][key]) for key in ("mean", "low", "high")]
-        assert [mean, low, high] == [f"{100 * value:.2f}" for value in told]
-        assert int(trainable.replace(",", "")) == float(cells[name]["trainable_parameters"])
+def test_the_comparison_is_what_its_command_writes() -> None:
+    assert published.with_section(README, published.section()) == README
