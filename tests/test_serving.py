@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import shutil
+import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -666,6 +668,26 @@ def test_other_machines_need_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         file.write_text(text)
         with pytest.raises(UsageError, match=said):
             access("127.0.0.1", file)
+
+
+def test_an_answer_in_two_parts_does_not_wait_for_a_delayed_acknowledgement() -> None:
+    """Headers and body are sent one after the other; with Nagle's algorithm the second waits 40 ms."""
+    seen: list[int] = []
+
+    async def exchange() -> None:
+        def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            seen.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with command._bound("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(answer, sock=listening):
+                reader, writer = await asyncio.open_connection(*listening.getsockname())
+                await reader.read()
+                writer.close()
+
+    asyncio.run(exchange())
+    assert seen == [1]
 
 
 def test_a_start_that_cannot_be_says_why(
