@@ -120,6 +120,9 @@ def _row(entry: Entry, against: Mapping[str, Against], letters: str) -> Row:
         return Row(entry, found.mean, found, found.how, against, letters)
     if seeds == 1:
         return Row(entry, entry.samples.mean, None, "one seed, and no score of single examples: no interval", {}, "")
+    if entry.unvaried:
+        told = "every seed gives the same, and no single example has a score: no interval"
+        return Row(entry, entry.samples.mean, None, told, against, letters)
     found = interval(entry.samples)
     return Row(entry, found.mean, found, f"over {seeds} seeds alone: Student's t", against, letters)
 
@@ -128,7 +131,7 @@ def _against(reference: Entry, entries: Sequence[Entry], margin: float) -> dict[
     pairs = {}
     for entry in entries:
         shared = on_shared_seeds(entry, reference)
-        if entry is not reference and shared:
+        if entry is not reference and shared and not (entry.unvaried and reference.unvaried):
             pairs[entry.method] = shared
     found = {name: difference(*pair) for name, pair in pairs.items()}
     equal = {name: equivalence(*pair, margin) for name, pair in pairs.items()}

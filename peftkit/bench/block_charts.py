@@ -66,6 +66,8 @@ def pareto(analysis: Analysis, styles: Styles) -> list[Part]:
             (f"Score and {caption}", scatter(points, label, block.headline, best, _factor(scale), logarithmic))
         )
         told.append(f"On the Pareto front of score and {caption}, the cheapest first: {', '.join(best)}.")
+        if free := [row.entry.method for row, value in priced if value == 0]:
+            told.append(f"Not drawn, for its {caption} is none: {', '.join(free)}.")
     return [Charts(drawn), Items(told)] if drawn else []
 
 

@@ -12,6 +12,7 @@ from peftkit.bench.numbers import NOTHING, Scale
 from peftkit.bench.rates import best_rate, dev_means
 from peftkit.bench.results import Entry
 from peftkit.bench.store import Record
+from peftkit.methods import METHODS
 
 TONES: Mapping[str, Tone] = {
     "better": "good",
@@ -64,8 +65,9 @@ def costs(analysis: Analysis, reference: str | None) -> Table:
     full = analysis.row(reference) if reference else None
     whole = _trained(full.entry.runs) if full else None
     share = f"of {reference}'s" if whole else "of the model's"
-    head = ["method", "learning rate", "trainable", "head's part", share, "artifact", "training", "tokens/s"]
-    head += ["memory growth", "peak memory", "evaluation"]
+    is_matched = any(run.key.parameters for run in analysis.block.runs)
+    head = ["method", "learning rate", "trainable", *(["matched to"] if is_matched else [])]
+    head += ["head's part", share, "artifact", "training", "tokens/s", "memory growth", "peak memory", "evaluation"]
     rows = []
     for row in analysis.scored:
         runs = row.entry.runs
@@ -74,6 +76,7 @@ def costs(analysis: Analysis, reference: str | None) -> Table:
             row.entry.method,
             numbers.rate(runs[0].key.learning_rate),
             numbers.count(_trained(runs)),
+            *([_matched(runs[0])] if is_matched else []),
             numbers.count(numbers.mean(run.head_parameters for run in runs)),
             numbers.share(_trained(runs), of) if of else NOTHING,
             numbers.size(numbers.mean(run.artifact_bytes or None for run in runs)),
@@ -166,6 +169,18 @@ def _compared(found: Against | None, scale: Scale) -> list[Cell | str]:
         numbers.probability(found.p_adjusted),
         Cell(found.verdict, TONES[found.verdict]),
     ]
+
+
+def _matched(run: Record) -> Cell | str:
+    """The number of parameters that a method was brought to, how far it is from that, and the size it took."""
+    asked = run.key.parameters
+    if asked is None:
+        return NOTHING
+    apart = run.trainable_parameters - run.head_parameters - asked
+    method = run.run.get("method", {})
+    size = METHODS[method["kind"]].size if method.get("kind") in METHODS else None
+    told = f"; {size}={method.get(size)}" if size else ""
+    return Cell(numbers.count(asked), "", f"{numbers.true_minus(f'{100 * apart / asked:+.2g}')} %{told}")
 
 
 def _cost(runs: Sequence[Record]) -> Iterator[str]:

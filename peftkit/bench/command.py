@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
             if record.status != "finished":
                 store.remove(record.id)
     _tell_damaged(store.damaged)
+    _tell_matched(chosen)
     state = run_cells(chosen, store, options.workers or default_workers(), say, options.limit)
     _tell(state, store.folder, options.json)
     failed = [record for record in state.records.values() if record.status != "finished"]
@@ -68,6 +69,8 @@ def status(options: argparse.Namespace) -> None:
     store = Store(_folder(grid, options))
     records = {record.id: record for record in store.records()}
     _tell_damaged(store.damaged)
+    if not options.json:
+        _tell_matched(chosen)
     _tell(state_of(chosen, records), store.folder, options.json)
 
 
@@ -95,6 +98,12 @@ def _folder(grid: Grid, options: argparse.Namespace) -> Path:
 def _tell_damaged(damaged: dict[str, str]) -> None:
     for name, why in damaged.items():
         say(f"runs/{name} cannot be read ({why}); it counts as not there and is made again")
+
+
+def _tell_matched(chosen: list[Cell]) -> None:
+    found = {(cell.backbone, cell.method): str(cell.matched) for cell in chosen if cell.matched}
+    for (backbone, method), told in found.items():
+        say(f"{method} on {backbone}: {told}")
 
 
 def _tell(state: State, folder: Path, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,53 +13,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from peftkit.backbones.load import BackboneSettings
+from peftkit.bench.entries import GridData, GridMethod, Partial
+from peftkit.bench.matched import Matched, matched
+from peftkit.bench.probes import Name, Probe, Probes, listed, misfit, probe_of, with_kinds
 from peftkit.bench.store import Key, Phase, PlannedCell
 from peftkit.config import Run, run_id, validate
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
 from peftkit.data.augment import AnyAugmentation
-from peftkit.data.mix import AnyData, missing_files
+from peftkit.data.mix import missing_files
 from peftkit.engine.settings import Engine
-from peftkit.errors import ConfigError
-from peftkit.methods import AnyMethod
-from peftkit.schema import Section
-from peftkit.tasks import AnyTask
+from peftkit.errors import ConfigError, UsageError
+from peftkit.methods import AnyMethod, Prompting
+from peftkit.schema import Section, did_you_mean
+from peftkit.tasks.language_model import LanguageModel
+from peftkit.tasks.prompted import Prompted
 
-Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[\w.()+ -]+$")]
-Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Partial = dict[str, Any]
-"""Some settings of a section; they are checked in every run that they become part of."""
-ALWAYS = ("full", "head")
-"""Kinds without which a comparison says little: what the cheap methods stand in for, and the cheapest of all."""
-
-
-class GridData(Section):
-    """A task, and how long it is trained on: the same for every method."""
-
-    task: AnyTask
-    training: Partial = Field(default_factory=dict)
-
-
-class GridMethod(Section):
-    """A method, and the learning rates that are tried for it."""
-
-    method: AnyMethod
-    learning_rates: tuple[Rate, ...] = ()
-    """Ascending. Where the best on dev is the first or the last, one more beyond it is tried."""
-    training: Partial = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _has_rates(self) -> GridMethod:
-        if self.method.trains != bool(self.learning_rates):
-            raise ValueError(
-                "learning_rates are missing: give those to try, such as [1e-4, 2e-4, 4e-4, 8e-4]"
-                if self.method.trains
-                else f"learning_rates: method '{self.method.kind}' trains nothing; leave them out"
-            )
-        if list(self.learning_rates) != sorted(set(self.learning_rates)):
-            raise ValueError("learning_rates must ascend")
-        return self
 
 
 class Tuning(Section):
@@ -68,19 +38,6 @@ class Tuning(Section):
     seed: Seed = 0
     extensions: Annotated[int, Field(ge=0)] = 2
     """How many rates beyond the given ones are tried at most, one after the other."""
-
-
-class FeatureProbe(Section):
-    """What an encoder forgets: a linear classifier of texts on its mean features, fitted before it is tuned."""
-
-    kind: Literal["features"] = "features"
-    name: Name
-    data: AnyData
-    text: str = "text"
-    label: str = "label"
-    rows: Annotated[int, Field(gt=0)] = 800
-    """Of train to fit on, and of test to score, spread over each."""
-    max_length: Annotated[int, Field(gt=2)] = 64
 
 
 class Grid(Section):
@@ -98,18 +55,34 @@ class Grid(Section):
     tuning: Tuning = Tuning()
     training: Partial = Field(default_factory=dict)
     engine: Engine = Engine()
-    probe: FeatureProbe | None = None
+    probe: Probes | None = None
+    """What is looked at for forgetting; of several, the first that fits the model of a task."""
     robustness: tuple[AnyAugmentation, ...] = ()
     """Changes of the test texts under which the tuned model is scored again."""
 
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A probe is of features unless it says otherwise."""
+        return tree | {"probe": with_kinds(tree["probe"])} if "probe" in tree else tree
+
+    @model_validator(mode="after")
+    def _names_what_there_is(self) -> Grid:
+        for name, one in self.data.items():
+            _refuse_unknown(f"data.{name}.backbones", one.backbones, self.backbones)
+        for name, method in self.methods.items():
+            _refuse_unknown(f"methods.{name}.data", method.data, self.data)
+        return self
+
     @model_validator(mode="after")
     def _compares(self) -> Grid:
-        kinds = {one.method.kind for one in self.methods.values()}
-        if missing := [kind for kind in ALWAYS if kind not in kinds]:
-            raise ValueError(
-                f"methods lack {' and '.join(missing)}, beside which the others are judged; add "
-                f"`{missing[0]}: {{method: {{kind: {missing[0]}}}, learning_rates: […]}}`"
-            )
+        for name, data in self.data.items():
+            kinds = {one.method.kind for one in self.methods.values() if not one.data or name in one.data}
+            if missing := [kind for kind in data.always if kind not in kinds]:
+                rates = "" if missing[0] == "prompting" else ", learning_rates: […]"
+                raise ValueError(
+                    f"methods lack {' and '.join(missing)} on data.{name}, beside which the others are judged; add "
+                    f"`{missing[0]}: {{method: {{kind: {missing[0]}}}{rates}}}`"
+                )
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed {self.tuning.seed} is one of seeds; choose another, for fairness")
         for name in ("seeds", "budgets"):
@@ -150,6 +123,12 @@ class Cell:
         """The learning rates that are tried in any case."""
         return self.grid.methods[self.method].learning_rates
 
+    @property
+    def matched(self) -> Matched | None:
+        """How the method was brought to a number of parameters, where it was."""
+        parameters, run = self.grid.methods[self.method].parameters, self._first
+        return matched(run.method, run.backbone, run.task, parameters) if parameters else None
+
     def trial(self, learning_rate: float) -> Planned:
         """The run that is scored on dev alone."""
         return self._planned("trial", self.grid.tuning.seed, learning_rate)
@@ -164,18 +143,27 @@ class Cell:
         grid, data, method = self.grid, self.grid.data[self.data], self.grid.methods[self.method]
         training = grid.training | data.training | method.training
         training |= {"seed": grid.seeds[0], "learning_rate": next(iter(self.rates), None)}
+        longest = {} if method.max_length is None else {"max_length": method.max_length}
         tree = {
-            "backbone": _as_written(grid.backbones[self.backbone]),
-            "task": _as_written(data.task),
+            "backbone": _as_written(grid.backbones[self.backbone]) | method.backbone,
+            "task": _as_written(data.task) | longest,
             "method": _as_written(method.method),
             "training": training,
             "engine": grid.engine.model_dump(mode="json"),
         }
-        return validate(Document(f"{self.source} ({self.name})", tree))
+        run = validate(Document(f"{self.source} ({self.name})", tree))
+        if method.parameters is None:
+            return run
+        found = matched(run.method, run.backbone, run.task, method.parameters)
+        sized = tree | {"method": tree["method"] | {found.name: found.size}}
+        return validate(Document(f"{self.source} ({self.name})", sized))
 
     @cached_property
     def _measured(self) -> dict[str, Any]:
-        return self.grid.model_dump(mode="json", include={"probe", "robustness"})
+        probe, score = probe_of(self.grid.probe, self._first.task), self.grid.data[self.data].score
+        measured = self.grid.model_dump(mode="json", include={"robustness"})
+        measured["probe"] = None if probe is None else probe.model_dump(mode="json")
+        return measured if score is None else measured | {"score": score}
 
     @cached_property
     def _known(self) -> dict[tuple[Phase, int, float | None], Planned]:
@@ -187,7 +175,7 @@ class Cell:
 
     def _made(self, phase: Phase, seed: int, learning_rate: float | None) -> Planned:
         training = self._first.training.model_copy(update={"seed": seed, "learning_rate": learning_rate})
-        run = self._first.model_copy(update={"training": training})
+        run = self._first.model_copy(update={"training": training, "method": _drawn_by(seed, self._first.method)})
         key = Key(
             grid=self.grid.name,
             backbone=self.backbone,
@@ -197,6 +185,8 @@ class Cell:
             phase=phase,
             seed=seed,
             learning_rate=learning_rate,
+            parameters=self.grid.methods[self.method].parameters,
+            score=self.grid.data[self.data].score,
         )
         measured = self._measured if phase == "final" else {}
         named = json.dumps([run_id(run), phase, self.budget, measured], sort_keys=True)
@@ -207,9 +197,12 @@ def cells(grid: Grid, source: str = "grid") -> Iterator[Cell]:
     """Every cell, data set by data set."""
     for backbone in grid.backbones:
         for data in grid.data:
+            if backbone not in (grid.data[data].backbones or grid.backbones):
+                continue
             for budget in grid.budgets:
-                for method in grid.methods:
-                    yield Cell(grid, source, backbone, data, method, str(budget))
+                for method, settings in grid.methods.items():
+                    if data in (settings.data or grid.data):
+                        yield Cell(grid, source, backbone, data, method, str(budget))
 
 
 def planned_cells(grid: Grid) -> list[PlannedCell]:
@@ -229,7 +222,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """
     document = read_document(path, overrides)
     try:
-        grid = Grid.model_validate_json(json.dumps(document.tree), strict=True)
+        grid = Grid.model_validate_json(json.dumps(Grid.completed(document.tree)), strict=True)
     except ValidationError:
         raise ConfigError(problems(document, Grid)) from None
     check_cells(grid, str(path))
@@ -246,14 +239,37 @@ def check_cells(grid: Grid, source: str) -> None:
         except ConfigError as error:
             told += error.problems
             continue
+        except UsageError as error:
+            told.append(f"{source} ({cell.name}): {error}")
+            continue
+        told += [f"{source} ({cell.name}): {problem}" for problem in _impossible(planned.run, listed(grid.probe))]
         if (same := found.setdefault(planned.id, cell.name)) != cell.name:
             told.append(f"{source}: {cell.name} is the same run as {same}; leave one out")
     for name, data in grid.data.items():
         told += [f"{source}: data.{name}: {problem}" for problem in missing_files(data.task.data)]
-    if grid.probe is not None:
-        told += [f"{source}: probe: {problem}" for problem in missing_files(grid.probe.data)]
+    for probe in listed(grid.probe):
+        told += [f"{source}: probe: {problem}" for problem in missing_files(probe.data)]
     if told:
         raise ConfigError(list(dict.fromkeys(told)))
+
+
+def _impossible(run: Run, probes: Sequence[Probe]) -> Iterator[str]:
+    """What settings alone do not show."""
+    if run.method.kind == "head" and isinstance(run.task, LanguageModel | Prompted):
+        yield f"task '{run.task.kind}' has no head that could be trained; name the method's data sets in its `data`"
+    if probes and probe_of(tuple(probes), run.task) is None:
+        yield misfit(probes, run.task)
+
+
+def _drawn_by(seed: int, method: AnyMethod) -> AnyMethod:
+    """The method with the solved rows that a seed draws."""
+    return method.model_copy(update={"seed": seed}) if isinstance(method, Prompting) and method.shots else method
+
+
+def _refuse_unknown(where: str, names: Sequence[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: no '{name}'{did_you_mean(name, known)}")
 
 
 def _as_written(section: Section) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _differences(ranked: Sequence[Entry]) -> Iterator[tuple[int, int, float, flo
             part = pairs[start : start + AT_ONCE]
             squares = mean_squares(np.stack([values[row] - values[column] for row, column in part]))
             for (row, column), mean, p in zip(part, squares.grand, squares.p_value(), strict=True):
-                yield row, column, float(mean), float(p)
+                unknown = ranked[row].unvaried and ranked[column].unvaried
+                yield row, column, float(mean), 1.0 if unknown else float(p)
 
 
 def _only(entry: Entry, seeds: Sequence[int]) -> Samples:

@@ -54,9 +54,12 @@ def runs(count: int) -> str:
 
 
 def different_data(finals: Sequence[Record]) -> list[int]:
-    """Seeds of one block whose methods were not trained on the same tokens and labels."""
+    """Seeds of one block whose methods were not trained on the same tokens and labels; prompting, which trains nothing,
+    may have solved rows in front of them."""
     hashes: dict[int, set[str]] = {}
     for record in finals:
+        if not record.trainable_parameters:
+            continue
         hashes.setdefault(record.key.seed, set()).add(record.data_sha256)
     return sorted(seed for seed, found in hashes.items() if len(found) > 1)
 

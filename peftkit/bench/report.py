@@ -152,6 +152,8 @@ def _block(
     parts += [block_charts.key(one, styles), *block_charts.pareto(one, styles)]
     if table := block_tables.afterwards(one):
         parts += [Heading("After training", 3), table, *block_charts.forgetting_against_learning(one, styles)]
+    if noted := list(_noted(one)):
+        parts.append(Fold("What the scores leave out", [Items(noted)]))
     if drawn := block_charts.curves(one, styles):
         parts.append(Fold("Learning curves", drawn))
     return [*parts, *_rates(one)]
@@ -181,6 +183,17 @@ def _collapsed(one: Analysis, known: Mapping[str, float]) -> Iterator[str]:
             yield f"{row.entry.method}: {seeds} did no better than always giving the most frequent answer."
 
 
+def _noted(one: Analysis) -> Iterator[str]:
+    """What of the test rows was cut, or is no part of the score, and of which methods."""
+    found: dict[str, list[str]] = {}
+    for row in one.scored:
+        for note in dict.fromkeys(note for run in row.entry.runs for note in run.notes if note.startswith("test: ")):
+            found.setdefault(note.removeprefix("test: "), []).append(row.entry.method)
+    for note, methods in found.items():
+        of = "all methods" if len(methods) == len(one.scored) else ", ".join(methods)
+        yield f"{of}: {note}"
+
+
 def _cautions(one: Analysis) -> list[str]:
     told = []
     seeds = {len(row.entry.seeds) for row in one.scored}
@@ -193,6 +206,11 @@ def _cautions(one: Analysis) -> list[str]:
         told.append(
             f"{one.block.headline} is no ratio of sums over examples: intervals and tests are over seeds alone "
             "(Student's t), and the chance of the test examples is not in them."
+        )
+    if unvaried := [row.entry.method for row in one.scored if row.entry.unvaried and len(row.entry.seeds) > 1]:
+        told.append(
+            f"{', '.join(unvaried)}: every seed gives the same {one.block.headline}, so there is no interval, and a "
+            "difference from it has the chance of the other method's seeds alone."
         )
     apart = [row.entry.method for row in one.scored if row.entry.method not in one.pairs.names]
     if apart and len(one.scored) > 1:

@@ -22,6 +22,8 @@ Names = tuple[str, str, str, str]
 """(backbone, data, budget, method)."""
 Row = tuple[Array, Array, Transform, bool]
 """Numerators, denominators, transform, and whether they are of examples."""
+OF_A_HUNDRED = ("bleu", "chrf", "ter")
+"""Scores that go to 100 by themselves, by the beginning of their names."""
 TOLERANCE = 1e-6
 """How far a score may be from what its answers say, relative to the larger of the score and 1."""
 
@@ -42,6 +44,13 @@ class Entry:
     """Of `runs`, in their order; None where there are none, or none that can be put together."""
     per_example: bool = True
     """False where the score is no ratio of sums: `samples` then hold the score of each seed alone."""
+
+    @property
+    def unvaried(self) -> bool:
+        """Whether all seeds have one score, and no single examples have any: then nothing tells how far chance goes."""
+        if self.samples is None or self.per_example:
+            return False
+        return bool((self.samples.values == self.samples.values[0]).all())
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -98,7 +107,8 @@ class Block:
     def is_share(self) -> bool:
         """Whether the scores are shares, as accuracy and F1, which are shown as points of a hundred."""
         values = [value for entry in self.scored if entry.samples for value in entry.samples.values]
-        return not self.lower_is_better and all(0 <= value <= 1 for value in values)
+        hundreds = self.headline.startswith(OF_A_HUNDRED)
+        return not self.lower_is_better and not hundreds and all(0 <= value <= 1 for value in values)
 
 
 @dataclass

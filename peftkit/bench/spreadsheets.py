@@ -55,6 +55,7 @@ def _run(record: Record, counted: bool) -> Figures:
     row |= {f"robustness_{name}": score.value for name, score in record.robustness.items()}
     for name in ("merged_answers_changed", "best_step", "trainable_parameters", "head_parameters"):
         row[name] = getattr(record, name)
+    row |= {"matched_to_parameters": key.parameters} if key.parameters else {}
     for name in ("total_parameters", "saved_parameters", "artifact_bytes"):
         row[name] = getattr(record, name)
     row |= record.cost.model_dump() if record.cost else {}
@@ -84,6 +85,8 @@ def _cell(analysis: Analysis, row: Row, references: Sequence[str]) -> Figures:
     }
     for name in references:
         found |= _against(row, name, analysis.margin)
+    if runs and runs[0].key.parameters:
+        found["matched_to_parameters"] = runs[0].key.parameters
     costs = [run.cost for run in runs if run.cost]
     return found | {
         "trainable_parameters": numbers.mean(run.trainable_parameters for run in runs),

@@ -39,6 +39,10 @@ class Key(Section):
     seed: int
     learning_rate: float | None
     """None where the method trains nothing."""
+    parameters: int | None = None
+    """Of a method that was brought to a number of trainable parameters, beside the head's: that number."""
+    score: str | None = None
+    """The figure that is compared; None for the task's headline."""
 
     @property
     def cell(self) -> tuple[str, str, str, str]:
@@ -124,6 +128,8 @@ class Record(Section):
     cost: Cost | None = None
     run: dict[str, Any] = Field(default_factory=dict)
     """The resolved configuration."""
+    notes: tuple[str, ...] = ()
+    """What was done to the rows, such as texts that were cut, in plain words."""
     data_sha256: str = ""
     """Of tokens and labels that were trained and selected on."""
     code: str = ""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.bench.grid import FeatureProbe
+from peftkit.bench.probes import Probes, probe_of
 from peftkit.bench.sample import sampled
 from peftkit.bench.source import source_sha256
 from peftkit.bench.store import Answers, Cost, Key, Record, Score, Store
@@ -24,12 +24,14 @@ from peftkit.console import guard
 from peftkit.data.augment import AnyAugmentation, changed_rows
 from peftkit.errors import NotMergeable, PeftkitError, TrainingError
 from peftkit.schema import Section
+from peftkit.tasks.prompted import Prompted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
     from peftkit.backbones.load import Backbone
+    from peftkit.bench.probe import Forgotten
     from peftkit.data.sources import Splits
     from peftkit.evaluation import Evaluation
     from peftkit.prepare import Prepared
@@ -51,7 +53,7 @@ class Job(Section):
     run: Run
     folder: str
     """Of results."""
-    probe: FeatureProbe | None = None
+    probe: Probes | None = None
     robustness: tuple[AnyAugmentation, ...] = ()
 
 
@@ -106,12 +108,10 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
     accelerator = start(run)
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
-    final = job.key.phase == "final"
-    forgotten = _probe(job, backbone, accelerator) if final else None
+    final, figure = job.key.phase == "final", job.key.score
+    forgotten = _probe(job, run, backbone, accelerator) if final else None
+    untuned = _untuned(run, data, backbone, accelerator, figure) if final else None
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
-    untuned = None
-    if final and run.task.majority(data.train.rows, data.test.rows, data.test.labels) is None and run.method.trains:
-        untuned = _score(evaluate(model, run.task, data.test, accelerator))
     record = train(model, run, data, accelerator)
     heads = [one for name, one in trained_parameters(model).items() if inside(name, backbone.head_modules)]
     known |= _trained(run, record, data) | {
@@ -127,15 +127,15 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
     artifact = folder / run.method.artifact
     known |= {
         "cost": _cost(record, seconds, len(data.test)),
-        "test": _score(after),
-        "majority": _majority(run, data),
+        "test": _score(after, figure),
+        "majority": _majority(run, data, figure),
         "artifact_bytes": sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file()),
         "saved_parameters": saved_parameters(artifact),
-        "robustness": {one.kind: _changed(one, run, data, model, accelerator) for one in job.robustness},
+        "robustness": {one.kind: _changed(one, run, data, model, accelerator, figure) for one in job.robustness},
         "forgetting": forgotten(model) if forgotten else None,
     }
-    known |= _merged(run, folder, data, after, accelerator)
-    return Record(**known, status="finished"), _answers(run, data, after)
+    known |= _merged(run, folder, data, after, accelerator, figure)
+    return Record(**known, status="finished"), _answers(run, data, after, figure)
 
 
 def _rows(job: Job, run: Run) -> Splits:
@@ -159,6 +159,7 @@ def _trained(run: Run, record: TrainRecord, data: Prepared) -> dict[str, Any]:
         "losses": _thinned(record.losses),
         "trainable_parameters": record.trainable_parameters,
         "total_parameters": record.total_parameters,
+        "notes": data.notes,
         "data_sha256": data.fingerprint,
     }
 
@@ -182,32 +183,49 @@ def _cost(record: TrainRecord, evaluation_seconds: float | None = None, rows: in
     )
 
 
-def _score(evaluation: Evaluation) -> Score:
-    scores = evaluation.scores
+def _untuned(
+    run: Run, data: Prepared, backbone: Backbone, accelerator: Accelerator, figure: str | None
+) -> Score | None:
+    """The score of the backbone before any method is attached, where nothing else says what it does by itself: neither
+    an answer that ignores the input nor, of what is prompted, the row of prompting."""
+    from peftkit.bench.probe import placed
+    from peftkit.evaluation import evaluate
+
+    if not run.method.trains or isinstance(run.task, Prompted):
+        return None
+    if run.task.majority(data.train.rows, data.test.rows, data.test.labels) is not None:
+        return None
+    with placed(backbone.model, accelerator):
+        return _score(evaluate(backbone.model, run.task, data.test, accelerator), figure)
+
+
+def _score(evaluation: Evaluation, figure: str | None) -> Score:
+    """Under the figure that is compared; None: the headline."""
+    scores = evaluation.scores.by(figure) if figure else evaluation.scores
     return Score(
         headline=scores.headline, value=scores.value, lower_is_better=scores.lower_is_better, values=scores.values
     )
 
 
-def _majority(run: Run, data: Prepared) -> Score | None:
+def _majority(run: Run, data: Prepared, figure: str | None) -> Score | None:
     from peftkit.evaluation import baselines
 
     found = baselines(run.task, data.train, data.test)
-    return _score(found["majority"]) if found else None
+    return _score(found["majority"], figure) if found else None
 
 
-def _answers(run: Run, data: Prepared, after: Evaluation) -> Answers:
+def _answers(run: Run, data: Prepared, after: Evaluation, figure: str | None) -> Answers:
     """Refuses counts that do not add up to the score that was told."""
-    counts = run.task.counts(after.predictions, data.test.rows, data.test.labels)
+    counts = run.task.counts(after.predictions, data.test.rows, data.test.labels, figure)
     predictions = tuple({k: v for k, v in one.items() if k != "probabilities"} for one in after.predictions)
-    if counts is None:
+    if counts is None or not sum(counts.denominators):  # without any example there is nothing to divide by
         return Answers(predictions=predictions)
-    ratio = sum(counts.numerators) / sum(counts.denominators)
-    value = math.exp(ratio) if counts.transform == "exp" else ratio
-    if abs(value - after.scores.value) > 1e-9 * max(1.0, abs(value)):
+    told, ratio = _score(after, figure), sum(counts.numerators) / sum(counts.denominators)
+    value = math.exp(min(ratio, 700.0)) if counts.transform == "exp" else ratio
+    if abs(value - told.value) > 1e-9 * max(1.0, abs(value)):
         raise TrainingError(
-            f"{after.scores.headline} is {after.scores.value!r}, and its rows add up to {value!r}; this is a fault of "
-            "peftkit: please report it with `peftkit env`"
+            f"{told.headline} is {told.value!r}, and its rows add up to {value!r}; this is a fault of peftkit: please "
+            "report it with `peftkit env`"
         )
     return Answers(
         predictions=predictions,
@@ -217,17 +235,21 @@ def _answers(run: Run, data: Prepared, after: Evaluation) -> Answers:
     )
 
 
-def _changed(change: Any, run: Run, data: Prepared, model: nn.Module, accelerator: Accelerator) -> Score:
+def _changed(
+    change: Any, run: Run, data: Prepared, model: nn.Module, accelerator: Accelerator, figure: str | None
+) -> Score:
     """The score on the test texts as somebody in a hurry would have typed them."""
     from peftkit.evaluation import evaluate
     from peftkit.prepare import encode_split
 
     rows = changed_rows(data.test.rows, run.task.free_texts, change, str(change.seed))
     split = encode_split(run, "test", rows, data.head, data.tokenizer)
-    return _score(evaluate(model, run.task, split, accelerator))
+    return _score(evaluate(model, run.task, split, accelerator), figure)
 
 
-def _merged(run: Run, folder: Path, data: Prepared, after: Evaluation, accelerator: Accelerator) -> dict[str, Any]:
+def _merged(
+    run: Run, folder: Path, data: Prepared, after: Evaluation, accelerator: Accelerator, figure: str | None
+) -> dict[str, Any]:
     """The score of what was saved, read back and merged, where the method merges."""
     from peftkit.artifacts.loading import in_full_precision
     from peftkit.artifacts.store import load_run
@@ -241,15 +263,16 @@ def _merged(run: Run, folder: Path, data: Prepared, after: Evaluation, accelerat
     found = evaluate(model, run.task, data.test, accelerator)
     pairs = zip(after.predictions, found.predictions, strict=True)
     changed = sum(any(one.get(key) != other.get(key) for key in ANSWER) for one, other in pairs)
-    return {"merged": _score(found), "merged_answers_changed": changed}
+    return {"merged": _score(found, figure), "merged_answers_changed": changed}
 
 
-def _probe(job: Job, backbone: Backbone, accelerator: Accelerator) -> Any:
-    if job.probe is None:
+def _probe(job: Job, run: Run, backbone: Backbone, accelerator: Accelerator) -> Forgotten | None:
+    settings = probe_of(job.probe, run.task)
+    if settings is None:
         return None
-    from peftkit.bench.probe import FrozenProbe
+    from peftkit.bench.probe import probed
 
-    return FrozenProbe(job.probe, backbone, accelerator.device, Path(job.folder) / "probes").forgetting
+    return probed(settings, run, backbone, accelerator, Path(job.folder) / "probes")
 
 
 if __name__ == "__main__":

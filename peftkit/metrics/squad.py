@@ -43,16 +43,21 @@ def answer_scores(prediction: str, references: Sequence[str], version: int) -> t
     return exact, max(word_f1(prediction, one, version == 2) for one in references)
 
 
+def question_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, float]]:
+    """(exact match, F1) of each question; by version 2 where some question has no reference."""
+    version = 1 if all(references) else 2
+    return [answer_scores(one, wanted, version) for one, wanted in zip(predictions, references, strict=True)]
+
+
 def squad_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """f1 and exact_match in [0, 1], means over questions; by version 2 where some question has no reference.
 
     Then also apart for questions with and without an answer: has_answer_f1, has_answer_exact_match, and
     no_answer_accuracy (exact match and F1 are the same there).
     """
-    version = 1 if all(references) else 2
-    found = [answer_scores(one, wanted, version) for one, wanted in zip(predictions, references, strict=True)]
+    found = question_scores(predictions, references)
     values = _means("", found)
-    if version == 2:
+    if not all(references):
         answered = [any(map(normalized, wanted)) for wanted in references]
         values |= _means("has_answer_", [one for one, has in zip(found, answered, strict=True) if has])
         values["no_answer_accuracy"] = _mean(

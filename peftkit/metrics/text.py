@@ -15,6 +15,8 @@ TEXT_SCORES: tuple[TextScore, ...] = get_args(TextScore)
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
 References = Sequence[Sequence[str]]
+OF_EACH = ("exact_match", "gsm8k", *ROUGES)
+"""Figures that are the mean over texts of a figure of each."""
 
 
 def text_scores(names: Sequence[str], predictions: Sequence[str], references: References) -> dict[str, float]:
@@ -54,37 +56,52 @@ def text_scores(names: Sequence[str], predictions: Sequence[str], references: Re
     return values
 
 
-def rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L as F-measures in [0, 1]."""
+def names_of(scores: Sequence[str]) -> tuple[str, ...]:
+    """The figures that these scores give."""
+    return tuple(name for score in scores for name in (ROUGES if score == "rouge" else (score,)))
+
+
+def of_each(figure: str, predictions: Sequence[str], references: References) -> list[float] | None:
+    """What each text has of a figure that is the mean over texts; None where it is of the corpus as a whole."""
+    if figure not in OF_EACH:
+        return None
+    if figure in ROUGES:
+        return _rouges(predictions, references)[figure]
+    return (_exact if figure == "exact_match" else _same_number)(predictions, references)
+
+
+def _rouges(predictions: Sequence[str], references: References) -> dict[str, list[float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each text, as F-measures in [0, 1]."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenize import tokenize
 
     if not any(tokenize(text, None) for ours in references for text in ours):
         raise UsageError("ROUGE counts words of a–z and 0–9 only, and no reference has any; score with chrf instead")
     scorer = RougeScorer(ROUGES, use_stemmer=True)
-    totals = dict.fromkeys(ROUGES, 0.0)
-    for prediction, ours in zip(predictions, references, strict=True):
-        best = scorer.score_multi(list(ours), prediction)
-        for name in ROUGES:
-            totals[name] += best[name].fmeasure
-    return {name: total / len(predictions) for name, total in totals.items()}
-
-
-def exact_match(predictions: Sequence[str], references: References) -> float:
-    """The share of predictions that equal a reference but for white space."""
     pairs = zip(predictions, references, strict=True)
-    return sum(_spaced(one) in map(_spaced, ours) for one, ours in pairs) / len(predictions)
+    best = [scorer.score_multi(list(ours), prediction) for prediction, ours in pairs]
+    return {name: [one[name].fmeasure for one in best] for name in ROUGES}
 
 
-def gsm8k(predictions: Sequence[str], references: References) -> float:
-    """The share of predictions whose final number equals that of a reference."""
-    right = 0
+def _exact(predictions: Sequence[str], references: References) -> list[float]:
+    """1 for each prediction that equals a reference but for white space."""
+    pairs = zip(predictions, references, strict=True)
+    return [float(_spaced(one) in map(_spaced, ours)) for one, ours in pairs]
+
+
+def _same_number(predictions: Sequence[str], references: References) -> list[float]:
+    """1 for each prediction whose final number equals that of a reference."""
+    right = []
     for index, (prediction, ours) in enumerate(zip(predictions, references, strict=True), 1):
         wanted = [final_number(text) for text in ours]
         if None in wanted:
             raise DataError(f"reference {index:,} has no final number ('{ours[0][-40:]}'), which gsm8k compares")
-        right += final_number(prediction) in wanted
-    return right / len(predictions)
+        right.append(float(final_number(prediction) in wanted))
+    return right
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _sacrebleu(metric: str, **options: Any) -> Callable[[Sequence[str], References], float]:
@@ -111,7 +128,9 @@ FUNCTIONS: dict[str, Callable[[Sequence[str], References], float | dict[str, flo
     "bleu_intl": _sacrebleu("BLEU", force=True, tokenize="intl"),
     "chrf": _sacrebleu("CHRF"),
     "ter": _sacrebleu("TER"),
-    "rouge": rouge,
-    "exact_match": exact_match,
-    "gsm8k": gsm8k,
+    "rouge": lambda predictions, references: {
+        name: _mean(values) for name, values in _rouges(predictions, references).items()
+    },
+    "exact_match": lambda predictions, references: _mean(_exact(predictions, references)),
+    "gsm8k": lambda predictions, references: _mean(_same_number(predictions, references)),
 }

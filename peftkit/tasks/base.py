@@ -101,6 +101,11 @@ class Task(Section, ABC):
     def headline(self) -> str:
         """The score that early stopping watches."""
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The figures of `score` by which runs may be compared, the headline first."""
+        return (self.headline,)
+
     @abstractmethod
     def label_column(self) -> str | None:
         """The column of classes that a carved dev split is stratified by, where there is one."""
@@ -229,8 +234,14 @@ class Task(Section, ABC):
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         """Corpus figures of predictions for `rows`."""
 
-    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts | None:
-        """What each row adds to the headline figure; None where that is no ratio of sums over rows."""
+    def counts(
+        self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str], figure: str | None = None
+    ) -> Counts | None:
+        """What each row adds to a figure; None where that is no ratio of sums over rows.
+
+        Args:
+            figure: one of `figures`; the headline unless named.
+        """
         return None
 
     @abstractmethod

@@ -13,7 +13,7 @@ from peftkit.data.prompts import bare_ids, fitted_prompts, leading_tokens
 from peftkit.data.templates import Template, columns, render_rows
 from peftkit.errors import DataError, UsageError
 from peftkit.schema import did_you_mean
-from peftkit.tasks.base import Batch, Encoded, Prediction, Scores
+from peftkit.tasks.base import Batch, Counts, Encoded, Prediction, Scores
 from peftkit.tasks.likelihood import Words, log_likelihoods
 from peftkit.tasks.prompted import Prompted
 from peftkit.tasks.sequence_classification import SequenceClassification
@@ -67,6 +67,10 @@ class LabelWords(Prompted):
     @property
     def headline(self) -> str:
         return "accuracy"
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return self._classes().figures
 
     def label_column(self) -> str:
         return self.label
@@ -127,6 +131,11 @@ class LabelWords(Prompted):
 
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         return self._classes().score(predictions, rows, labels)
+
+    def counts(
+        self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str], figure: str | None = None
+    ) -> Counts | None:
+        return self._classes().counts(predictions, rows, labels, figure)
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]

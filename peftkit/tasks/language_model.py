@@ -17,8 +17,8 @@ from peftkit.data.packing import Layout, lay_out
 from peftkit.engine.padding_free import is_unpadded
 from peftkit.engine.supervised import check_last, engaged_head, for_chunks, sample, summed_losses
 from peftkit.errors import DataError, UsageError
-from peftkit.metrics.text import text_scores
-from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task
+from peftkit.metrics.text import names_of, of_each, text_scores
+from peftkit.tasks.base import Batch, Counts, Encoded, Example, Prediction, Scores, Task
 from peftkit.tasks.generation import Generation, generate, unwrapped
 from peftkit.tasks.outputs_read import logits_at_places, output_only_at
 
@@ -62,6 +62,10 @@ class LanguageModel(Task, ABC):
     @property
     def headline(self) -> str:
         return "loss"
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return ("loss", "perplexity", "token_accuracy", *names_of(self.generation.metrics if self.generation else ()))
 
     def label_column(self) -> str | None:
         return None
@@ -170,6 +174,20 @@ class LanguageModel(Task, ABC):
         if self.generation and self.generation.metrics:
             values |= text_scores(self.generation.metrics, *self.metric_inputs(predictions, rows, labels))
         return Scores("loss", values, examples=len(predictions), lower_is_better=True)
+
+    def counts(
+        self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str], figure: str | None = None
+    ) -> Counts | None:
+        """Of loss and perplexity nats and tokens, of token accuracy tokens that rank first, of the mean over generated
+        texts the figure of each text; rows that no text is generated for have no part in that."""
+        sums = {"loss": "nats", "perplexity": "nats", "pseudo_perplexity": "nats", "token_accuracy": "right"}
+        figure = figure or self.headline
+        if figure in sums:
+            numerators = [float(one[sums[figure]]) for one in predictions]
+            tokens = [float(one["tokens"]) for one in predictions]
+            return Counts(numerators, tokens, "exp" if figure.endswith("perplexity") else "identity")
+        found = of_each(figure, *self.metric_inputs(predictions, rows, labels)) if figure in self.figures else None
+        return None if found is None else Counts(found, [1.0] * len(found))
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]

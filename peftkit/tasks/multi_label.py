@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.data.files import Rows
 from peftkit.errors import DataError
-from peftkit.tasks.base import Prediction, Scores, refuse_rows, refuse_unknown
+from peftkit.tasks.base import Counts, Prediction, Scores, refuse_rows, refuse_unknown
 from peftkit.tasks.label_names import by_position, in_order, label_text
 from peftkit.tasks.losses import BinaryCrossEntropy
 from peftkit.tasks.problems import Problem
@@ -24,6 +24,7 @@ class MultiLabel(Problem):
     """Labels in a list, in text with separators, or in one 0/1 column each; predicted where p ≥ threshold."""
 
     headline = "micro_f1"
+    figures = ("micro_f1", "macro_f1", "weighted_f1", "subset_accuracy")
     losses = ("binary_cross_entropy",)
     problem_type = "multi_label_classification"
 
@@ -80,6 +81,13 @@ class MultiLabel(Problem):
         values = MultiLabelReport(labels=labels).compute(predictions=answers, references=targets)
         per_class = values.pop("per_class")
         return Scores(self.headline, values, per_class, len(answers))
+
+    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts:
+        """Micro F1: twice the right labels, of those that are given and those that are true."""
+        pairs = zip(predictions, self.references(rows, labels), strict=True)
+        both = [(set(one["labels"]), set(reference)) for one, reference in pairs]
+        right = [2.0 * len(given & true) for given, true in both]
+        return Counts(right, [float(len(given) + len(true)) for given, true in both])
 
     def majority(self, train: Rows, labels: Sequence[str]) -> Prediction:
         """The set of labels that, given to every row alike, has the best micro F1 on train."""

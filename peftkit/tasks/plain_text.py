@@ -66,6 +66,10 @@ class PlainText(CausalLanguageModel):
     def looks_back(self) -> bool:
         return self.objective == "causal"
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return ("loss", self._perplexity, "token_accuracy")
+
     def head(self, train: Rows) -> Head:
         return Head("AutoModelForCausalLM" if self.objective == "causal" else "AutoModelForMaskedLM")
 

@@ -26,6 +26,8 @@ class Problem(ABC):
     """One meaning of the outputs: how the data says it, how it is learnt, predicted and scored."""
 
     headline: ClassVar[str]
+    figures: ClassVar[tuple[str, ...]]
+    """What `score` gives."""
     losses: ClassVar[tuple[str, ...]]
     """The kinds of loss that fit."""
     problem_type: ClassVar[str | None] = None
@@ -87,6 +89,7 @@ class SingleLabel(Problem):
     """Two or more classes, one for each row."""
 
     headline = "accuracy"
+    figures = ("accuracy", "macro_f1", "weighted_f1", "matthews")
     losses = ("cross_entropy", "weighted", "label_smoothed", "focal")
 
     @property

@@ -11,9 +11,9 @@ from peftkit.backbones.load import Head
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
 from peftkit.errors import UsageError
-from peftkit.metrics.squad import squad_scores
+from peftkit.metrics.squad import question_scores, squad_scores
 from peftkit.tasks.answer_spans import NULL, answer_of, best_spans, context_mask, first_sentence, stripped, sure
-from peftkit.tasks.base import Batch, Encoded, Example, Prediction, Scores, Task, refuse_rows
+from peftkit.tasks.base import Batch, Counts, Encoded, Example, Prediction, Scores, Task, refuse_rows
 from peftkit.tasks.columns import texts_in
 from peftkit.tasks.losses import AnyLoss
 from peftkit.tasks.question_windows import Answer, Windows
@@ -68,6 +68,10 @@ class QuestionAnswering(Task):
     @property
     def headline(self) -> str:
         return "f1"
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return ("f1", "exact_match")
 
     @property
     def text_pair(self) -> str:
@@ -152,6 +156,15 @@ class QuestionAnswering(Task):
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         texts = [prediction["answer"] for prediction in predictions]
         return Scores(self.headline, squad_scores(texts, self.references(rows, labels)), examples=len(texts))
+
+    def counts(
+        self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str], figure: str | None = None
+    ) -> Counts | None:
+        """F1 or exact match of each question, of which the figure is the mean."""
+        if figure not in (None, *self.figures):
+            return None
+        found = question_scores([one["answer"] for one in predictions], self.references(rows, labels))
+        return Counts([exact if figure == "exact_match" else f1 for exact, f1 in found], [1.0] * len(found))
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]

@@ -24,6 +24,7 @@ class Regression(Problem):
     """
 
     headline = "pearson"
+    figures = ("pearson", "spearman", "mse", "mae")
     losses = ("squared_error",)
     problem_type = "regression"
 

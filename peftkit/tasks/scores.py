@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "pseudo_perplexity", "ter", "mse", "mae"})
+"""Figures of which less is better; of all others more is."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,14 @@ class Scores:
         """The headline figure with the sign that makes more better."""
         return -self.value if self.lower_is_better else self.value
 
+    def by(self, figure: str) -> Scores:
+        """The same scores under another of their figures."""
+        return replace(self, headline=figure, lower_is_better=figure in LOWER_IS_BETTER)
+
 
 @dataclass(frozen=True)
 class Counts:
-    """The headline figure as transform(Σ numerators / Σ denominators), with one of each for a row."""
+    """A figure as transform(Σ numerators / Σ denominators), with one of each for a row that takes part in it."""
 
     numerators: list[float]
     denominators: list[float]

@@ -104,6 +104,10 @@ class SequenceClassification(Task):
     def headline(self) -> str:
         return self.meaning.headline
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return self.meaning.figures
+
     def label_column(self) -> str | None:
         return self.label if self.problem == "single_label" else None
 
@@ -162,8 +166,10 @@ class SequenceClassification(Task):
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         return self.meaning.score(predictions, rows, labels)
 
-    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts | None:
-        return self.meaning.counts(predictions, rows, labels)
+    def counts(
+        self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str], figure: str | None = None
+    ) -> Counts | None:
+        return self.meaning.counts(predictions, rows, labels) if figure in (None, self.headline) else None
 
     def metric_inputs(
         self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]

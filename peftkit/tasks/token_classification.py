@@ -176,7 +176,11 @@ class TokenClassification(Task):
     def score(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Scores:
         return self.meaning.score([prediction["tags"] for prediction in predictions], self._aligned(rows), labels)
 
-    def counts(self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str]) -> Counts:
+    def counts(
+        self, predictions: Sequence[Prediction], rows: Rows, labels: Sequence[str], figure: str | None = None
+    ) -> Counts | None:
+        if figure not in (None, self.headline):
+            return None
         return self.meaning.counts([prediction["tags"] for prediction in predictions], self._aligned(rows), labels)
 
     def metric_inputs(
