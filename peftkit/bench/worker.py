@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.bench.grid import FeatureProbe
-from peftkit.bench.sample import sampled
+from peftkit.bench.sample import fewer, sampled
 from peftkit.bench.source import source_sha256
 from peftkit.bench.store import Answers, Cost, Key, Record, Score, Store
 from peftkit.config import Run, in_folder
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from peftkit.backbones.load import Backbone
     from peftkit.data.sources import Splits
     from peftkit.evaluation import Evaluation
-    from peftkit.prepare import Prepared
+    from peftkit.prepare import Prepared, Split
+    from peftkit.tasks.base import Task
     from peftkit.training.record import TrainRecord
 
 LOSS = "loss"
@@ -53,6 +54,10 @@ class Job(Section):
     """Of results."""
     probe: FeatureProbe | None = None
     robustness: tuple[AnyAugmentation, ...] = ()
+    dev_rows: int | None = None
+    """The most rows of dev that a trial is scored on."""
+    answers: bool = False
+    """Keep what a trial answers on dev."""
 
 
 def main() -> None:
@@ -119,7 +124,8 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
         "untuned": untuned,
     }
     if not final:
-        return Record(**known, status="finished", cost=_cost(record)), None
+        cost, answers = _tried(job, run, model, data, record, accelerator)
+        return Record(**known, status="finished", cost=cost), answers
     before = time.perf_counter()
     after = evaluate(model, run.task, data.test, accelerator)
     seconds = time.perf_counter() - before
@@ -135,7 +141,21 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
         "forgetting": forgotten(model) if forgotten else None,
     }
     known |= _merged(run, folder, data, after, accelerator)
-    return Record(**known, status="finished"), _answers(run, data, after)
+    return Record(**known, status="finished"), _answers(run.task, data.test, after)
+
+
+def _tried(
+    job: Job, run: Run, model: nn.Module, data: Prepared, record: TrainRecord, accelerator: Accelerator
+) -> tuple[Cost, Answers | None]:
+    """What a trial took, and what it answers on dev where that is asked for."""
+    from peftkit.evaluation import evaluate
+
+    if not job.answers:
+        return _cost(record), None
+    task, before = run.task.while_training(), time.perf_counter()
+    found = evaluate(model, task, data.dev, accelerator)
+    seconds = time.perf_counter() - before
+    return _cost(record, seconds, len(data.dev)), _answers(task, data.dev, found)
 
 
 def _rows(job: Job, run: Run) -> Splits:
@@ -144,7 +164,9 @@ def _rows(job: Job, run: Run) -> Splits:
     if job.key.budget != "all":
         train = sampled(splits.train, int(job.key.budget), run.task.label_column(), job.key.seed)
         splits = replace(splits, train=train)
-    return splits if job.key.phase == "final" else replace(splits, test=None)
+    if job.key.phase == "final":
+        return splits
+    return replace(splits, dev=fewer(splits.dev, job.dev_rows), test=None)
 
 
 def _trained(run: Run, record: TrainRecord, data: Prepared) -> dict[str, Any]:
@@ -196,9 +218,9 @@ def _majority(run: Run, data: Prepared) -> Score | None:
     return _score(found["majority"]) if found else None
 
 
-def _answers(run: Run, data: Prepared, after: Evaluation) -> Answers:
+def _answers(task: Task, split: Split, after: Evaluation) -> Answers:
     """Refuses counts that do not add up to the score that was told."""
-    counts = run.task.counts(after.predictions, data.test.rows, data.test.labels)
+    counts = task.counts(after.predictions, split.rows, split.labels)
     predictions = tuple({k: v for k, v in one.items() if k != "probabilities"} for one in after.predictions)
     if counts is None:
         return Answers(predictions=predictions)
