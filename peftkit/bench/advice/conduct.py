@@ -197,9 +197,7 @@ class Conduct:
     def _told(self, record: Record, seconds: float) -> None:
         self._keep(seconds=self.state.seconds | {record.id: seconds})
         key, steps = record.key, record.run["training"]["max_steps"]
-        score = (
-            f"dev {record.dev.headline} {record.dev.value:.4f}" if record.dev else f"{record.status}: {record.error}"
-        )
+        score = f"dev {record.dev.headline} {record.dev.value:.4f}" if record.dev else f"{failure(record)}"
         self.say(
             f"{key.method} at {key.learning_rate:g}, {steps:,} steps, seed {key.seed}: {score}, {seconds:.0f} s; "
             f"{max(0.0, self.left) / 60:.1f} minutes left"
@@ -227,7 +225,7 @@ class Conduct:
     def _refuse_failures(self) -> None:
         failed = [record for record in self.records.values() if record.status != "finished"]
         if failed:
-            raise PeftkitError(f"no method could be run; {failed[0].key.method}: {failed[0].error}")
+            raise PeftkitError(f"no method could be run; {failed[0].key.method} {failure(failed[0])}")
 
 
 def announced(plan: Plan, left: float) -> str:
@@ -244,6 +242,12 @@ def outcome(record: Record) -> Outcome:
         return Outcome(None)
     value = -record.dev.value if record.dev.lower_is_better else record.dev.value
     return Outcome(value, record.losses[-1][1] if record.losses else 0.0)
+
+
+def failure(record: Record) -> str:
+    """What became of a run that did not come to a good end, in one line."""
+    reason = (record.error or "without a word").strip().splitlines()[-1]
+    return f"{'ran out of memory' if record.status == 'out_of_memory' else 'failed'}: {reason}"
 
 
 def _read(file: Path) -> State:

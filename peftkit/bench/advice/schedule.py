@@ -190,10 +190,10 @@ def _way(arms: tuple[Arm, ...], kept: int) -> _Way:
 
 
 def _onward(before: Rung, results: Results, kept: int) -> _Way | None:
-    """From a finished rung that was not the last."""
+    """From a finished rung that was not the last; None where all of it failed."""
     size = -(-len(before.arms) // ETA)
     last = finalists(before, results, kept)
-    if size > len(last):
+    if last and size > len(last):
         return _way(tuple(survivors(before, results, size)), kept)
     return _Way(tuple(last), (), len(last)) if last else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftkit.bench import numbers
-from peftkit.bench.advice.conduct import Conduct
+from peftkit.bench.advice.conduct import Conduct, failure
 from peftkit.bench.advice.schedule import REFERENCE, SEEDS, Arm, Rung, finalists
 from peftkit.bench.analysis import LEVEL, Analysis, Row, analyse
 from peftkit.bench.numbers import Scale
@@ -178,8 +178,7 @@ def _doubts(done: Conduct, arm: Arm) -> Iterator[str]:
         yield edge
     failed = {one.key.method: one for one in done.records.values() if one.status != "finished"}
     for name, record in failed.items():
-        where = "ran out of memory" if record.status == "out_of_memory" else f"failed ({record.error})"
-        yield f"A run of {name} {where}."
+        yield f"A run of {name} {failure(record)}."
     if REFERENCE not in subject.candidates.chosen:
         why = subject.candidates.left_out.get(REFERENCE, "it was not asked for")
         yield f"Full fine-tuning is not beside it: {why}."
@@ -244,7 +243,7 @@ def _is_share(done: Conduct) -> bool:
 def _nothing(done: Conduct) -> str:
     failed = [one for one in done.records.values() if one.status != "finished"]
     if failed:
-        return f"no run came to a good end; {failed[0].key.method}: {failed[0].error}"
+        return f"no run came to a good end; {failed[0].key.method} {failure(failed[0])}"
     return (
         f"--budget-minutes: the time was up before every method had had its turn; {done.budget / 60:g} minutes are too "
         f"few here: give about {done.budget / 30:g}, and the same command goes on from here"
