@@ -267,11 +267,11 @@ class TestCommandLine:
 
         monkeypatch.setattr(launch._Processes, "work", here)
         monkeypatch.setattr(schedule, "MOST_SEEDS", len(SEEDS))
-        command = ["advise", str(config), "--budget-minutes", "60", "--method", "lora", "--method", "head", "--json"]
+        command = ["advise", str(config), "--budget-minutes", "60", "--method", "full", "--method", "head", "--json"]
         assert main([*command, "--workers", "1"]) == 0
         told = json.loads(capsys.readouterr().out)
-        assert told["method"] in ("lora", "head")
-        assert {one["method"] for one in told["arms"]} == {"lora", "head"}
+        assert told["method"] in ("full", "head")
+        assert {one["method"] for one in told["arms"]} == {"full", "head"}
         assert told["dev_rows"] == 40
         assert told["used_seconds"] < told["budget_seconds"] == 3600
         assert any("40 rows of dev" in doubt for doubt in told["doubts"])
@@ -309,7 +309,7 @@ class TestCommandLine:
         assert "head" not in told.partition("Use lora")[2]
         last = [job for job in made.done if job.answers and job.key.seed]
         assert {job.key.seed for job in last} == {1, 2, 3, 4, 5}
-        assert {job.key.method for job in last} == {"full", "lora", "head"}
+        assert {job.key.method for job in last} == {"full", "lora"}
         text = (config.parent / "config_advised.yaml").read_text()
         assert "# mine" in text
         assert "kind: lora\n  rank: 4\n  alpha: 8\n" in text
@@ -348,7 +348,7 @@ class TestCommandLine:
     ) -> None:
         """After the first rung all is so slow that nothing more would fit."""
         command = ["advise", str(config), "--budget-minutes", "2", *THREE]
-        monkeypatch.setattr(conduct.Conduct, "left", property(lambda self: 100 - 1e4 * (len(self.records) > 12)))
+        monkeypatch.setattr(conduct.Conduct, "left", property(lambda self: 100 - 1e4 * (len(self.records) > 14)))
         assert main(command) == 0
         told = capsys.readouterr().out
         assert "One run each, and no test of the difference." in told
@@ -360,12 +360,13 @@ class TestCommandLine:
             (["--budget-minutes", "0"], "0 is not a number of minutes above 0"),
             (["--budget-minutes", "nan"], "nan is not a number of minutes above 0"),
             ([], "the following arguments are required: --budget-minutes"),
-            (["--budget-minutes", "1", "--method", "laro"], "no method 'laro'; did you mean 'lora'?"),
+            (["--budget-minutes", "1", "--method", "loraa"], "no method 'loraa'; did you mean 'lora'?"),
             (["--budget-minutes", "1", "--method", "lora"], "1 method can be tried, and a comparison takes two"),
             (["--budget-minutes", "1", "--output", "config.yaml"], "config.yaml exists; name another file"),
             (["--budget-minutes", "1", "--output", "."], "is a folder"),
             (["--budget-minutes", "1", "task.data=null"], "the rows must be given in Python"),
             (["--budget-minutes", "1", "task.data.dev=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+            (["--budget-minutes", "1", "method={kind: prompting}"], "method 'prompting' trains nothing"),
             (["--budget-minutes", "1", "method.start_from=runs/other"], "method.start_from is set"),
         ],
     )
@@ -379,7 +380,7 @@ class TestCommandLine:
     def test_too_short_a_time(
         self, config: Path, made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(conduct.Conduct, "left", property(lambda self: 1e-9))
+        monkeypatch.setattr(conduct.Conduct, "left", property(lambda self: 100.0 if len(self.records) < 2 else 1e-9))
         assert main(["advise", str(config), "--budget-minutes", "0.5", *THREE]) == 2
         assert "0.5 minutes are too few here: to compare 3 methods takes about" in capsys.readouterr().err
 

@@ -170,6 +170,8 @@ class _Processes:
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends its workers itself
             )
             self._running.add(process)
+            if self._ending:  # `end` came between, and did not see it
+                process.kill()
             process.communicate(job.model_dump_json().encode())
             self._running.discard(process)
             code = process.returncode

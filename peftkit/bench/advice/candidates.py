@@ -124,8 +124,6 @@ def _obstacle(run: Run, data: Prepared, method: Method, steps: int) -> str | Non
     """Why a run cannot have a method; None where it can."""
     from peftkit.prepare import check_method
 
-    if not method.trains:
-        return "it trains nothing, so there is nothing to tune"
     conflicts = method.conflicts(
         task=run.task,
         dtype=run.backbone.dtype,

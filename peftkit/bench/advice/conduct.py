@@ -13,7 +13,6 @@ from pydantic import Field, ValidationError
 
 from peftkit.bench.advice.prices import Prices, Timed
 from peftkit.bench.advice.schedule import (
-    FEWEST_STEPS,
     Arm,
     Limits,
     Outcome,
@@ -212,8 +211,8 @@ class Conduct:
         prices = Prices.of(self._timed())
         if prices is None:
             return (
-                f"--budget-minutes: {told}: not even {FEWEST_STEPS} steps were through, so nothing can be said of what "
-                "would do; give several times as many, or fewer methods with --method"
+                f"--budget-minutes: {told}: not even a first run of {CALIBRATION_STEPS} steps came to its end, so "
+                "nothing tells what would do; give several times as many minutes"
             )
         needed = self.spent + self._reserve + least_seconds(self._rates(), prices, self._limits())
         count = len(self._rates())
@@ -231,7 +230,8 @@ class Conduct:
 def announced(plan: Plan, left: float) -> str:
     """What is going to be done, and about how long that takes."""
     parts = [f"{size} runs of {steps:,} steps" for size, steps in zip(plan.sizes[:-1], plan.steps[:-1], strict=True)]
-    seeds = f" × {plan.seeds} seeds" if plan.seeds > 1 else ""
+    once = f" with seed {plan.rung.seeds[0]}" if plan.rung.last else ""
+    seeds = f" × {plan.seeds} seeds" if plan.seeds > 1 else once
     parts.append(f"{plan.sizes[-1]} methods{seeds} of {plan.steps[-1]:,} steps")
     return f"next: {', then '.join(parts)}; about {plan.seconds / 60:.1f} of {left / 60:.1f} minutes that are left"
 

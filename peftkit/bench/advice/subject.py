@@ -92,14 +92,19 @@ def subject_of(name: str, run: Run, asked: Sequence[str]) -> Subject:
         asked: methods to compare; none for the usual ones.
 
     Raises:
-        UsageError: an unknown method, fewer than two that can be tried, a configuration that starts from another run,
-            or data without what training takes.
+        UsageError: an unknown method, fewer than two that can be tried, a configuration that trains nothing or starts
+            from another run, or data without what training takes.
         DataError: rows that would make the runs worthless.
     """
     from peftkit.artifacts.loading import merge_backbone
     from peftkit.evaluation import baselines
     from peftkit.prepare import prepare
 
+    if not run.method.trains:
+        raise UsageError(
+            f"method '{run.method.kind}' trains nothing, and what is compared are trainings: name a method that does, "
+            "such as method='{kind: lora}' training.learning_rate=1e-3"
+        )
     wanted = names(run, asked)
     if run.method.start_from is not None:
         raise UsageError("method.start_from is set, and methods are compared from the untouched backbone; leave it out")
