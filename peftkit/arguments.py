@@ -9,6 +9,7 @@ from typing import Any
 
 from peftkit.artifact_verbs import add_combine_options, add_diff_options, add_export_options, add_extract_options
 from peftkit.artifacts.merge_command import add_merge_options
+from peftkit.bench.advice.command import add_advise_options
 from peftkit.bench.command import add_run_options, add_status_options
 from peftkit.bench.report_command import add_compare_options, add_report_options
 from peftkit.console import Parser, positive
@@ -120,6 +121,9 @@ def parsers(commands: Mapping[str, Command]) -> tuple[Parser, dict[str, Parser]]
     one.add_argument("config", type=Path, metavar="CONFIG")
     one.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="win over the file")
     add_plan_options(one)
+
+    one = verb("advise", "Which method to use for a run: a comparison in miniature on its own data, within a time.")
+    add_advise_options(one)
 
     one = verb("fetch", "Get bundled backbones and data sets ahead of time; without a name, list them.")
     one.add_argument("names", nargs="*", default=[], metavar="NAME")

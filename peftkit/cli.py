@@ -10,6 +10,7 @@ from typing import Any
 
 from peftkit import artifact_verbs
 from peftkit.arguments import parsers
+from peftkit.bench.advice.command import advise
 from peftkit.console import Parser, guard, say
 from peftkit.errors import ConfigError, UsageError
 
@@ -287,6 +288,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         export,
         params,
         plan,
+        advise,
         fetch,
         schema,
     )

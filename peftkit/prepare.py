@@ -84,8 +84,7 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         from peftkit.backbones.new_tokens import add_to_tokenizer
 
         add_to_tokenizer(tokenizer, head.new_tokens)
-    _check_length(run, longest_input(run.backbone, tokenizer))
-    _check_method(run, head)
+    check_method(run, head, tokenizer)
     train, dev = (
         encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
     )
@@ -104,6 +103,16 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         notes.append("no test split: the final figures are of dev, which chose the weights: read them with care")
     weights = run.task.class_weights(train.encoded, head.labels)
     return Prepared(train, dev, test, head, tokenizer, tuple(weights), tuple(notes))
+
+
+def check_method(run: Run, head: Head, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what the backbone, or the method on it, cannot do, before weights load.
+
+    Raises:
+        UsageError: texts that are too long for it, or a method that does not fit its architecture.
+    """
+    _check_length(run, longest_input(run.backbone, tokenizer))
+    _check_architecture(run, head)
 
 
 def _augmented(task: Task, splits: Splits) -> Splits:
@@ -137,7 +146,7 @@ def _check_length(run: Run, limit: int | None) -> None:
         )
 
 
-def _check_method(run: Run, head: Head) -> None:
+def _check_architecture(run: Run, head: Head) -> None:
     """Refuse what the method cannot do to this architecture, before weights load: its shapes are enough."""
     model = meta_model(chosen_config(run.backbone, resolve_config(run.backbone)), head)
     config: Any = model.config

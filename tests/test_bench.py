@@ -274,6 +274,7 @@ def job_of(planned: Any, grid: Grid, folder: Path) -> Job:
         folder=str(folder),
         probe=grid.probe,
         robustness=grid.robustness,
+        elsewhere=grid.data[planned.key.data].elsewhere,
     )
 
 
@@ -326,6 +327,33 @@ class TestOutcome:
         final, answers = outcome(job_of(cell.final(1, 1e-3), grid, tmp_path))
         assert (final.status, answers) == ("failed", None)
         assert "label 'unheard of' never occurs in training" in str(final.error)
+
+    def test_other_data_of_the_same_labels(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        data = tree["data"]["toy"]["task"]["data"]
+        own = read_file(Path(data["test"]))
+        turned = [
+            one | {"label": {"positive": "negative", "negative": "positive"}[one["label"]]} for one in own.records
+        ]
+        turned_file = write_jsonl(tmp_path / "turned.jsonl", turned)
+        alien_file = write_jsonl(tmp_path / "alien.jsonl", [{"text": "good", "label": "unheard of"}])
+
+        def final_on(**elsewhere: Path) -> tuple[Record, str]:
+            named = {name: {"train": data["train"], "test": str(file)} for name, file in elsewhere.items()}
+            changed = tree | {"data": {"toy": tree["data"]["toy"] | {"elsewhere": named}}}
+            grid = grid_of(changed, tmp_path)
+            planned = next(cells(grid)).final(1, 1e-3)
+            return outcome(job_of(planned, grid, tmp_path))[0], planned.id
+
+        record, named = final_on(turned=turned_file)
+        assert record.test is not None
+        assert record.elsewhere["turned"].value == pytest.approx(1 - record.test.value, abs=1e-12)
+        assert named != next(cells(grid_of(tree, tmp_path))).final(1, 1e-3).id
+        failed, _ = final_on(alien=alien_file)
+        assert "label 'unheard of' never occurs in training" in str(failed.error)
+        assert "alien.jsonl" in str(failed.error)
+        missing = {"far": {"train": "nowhere.jsonl"}}
+        told = problems_of(tree | {"data": {"toy": tree["data"]["toy"] | {"elsewhere": missing}}}, tmp_path)
+        assert "data.toy: nowhere.jsonl: no such file" in told
 
     def test_entities_are_counted_as_they_are_scored(
         self, tree: dict[str, Any], toy_data: Path, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import isclose
 
 from peftkit.bench import numbers
@@ -11,7 +12,7 @@ from peftkit.bench.document import Cell, Table, Tone
 from peftkit.bench.numbers import NOTHING, Scale
 from peftkit.bench.rates import best_rate, dev_means
 from peftkit.bench.results import Entry
-from peftkit.bench.store import Record
+from peftkit.bench.store import Record, Score
 from peftkit.methods import METHODS
 
 TONES: Mapping[str, Tone] = {
@@ -98,8 +99,9 @@ def afterwards(analysis: Analysis) -> Table | None:
     if any(run.forgetting for run in every):
         for name in sorted({run.forgetting.probe for run in every if run.forgetting}):
             columns[f"forgetting: {name}"] = lambda row, name=name: _forgetting(row, name)  # type: ignore[misc]
-    for name in sorted({name for run in every for name in run.robustness}):
-        columns[f"under {name}"] = lambda row, name=name: _robust(row, name, scale)  # type: ignore[misc]
+    for told, beside in (("under", _under), ("on", _on)):
+        for name in sorted({name for run in every for name in beside(run)}):
+            columns[f"{told} {name}"] = partial(_beside, scores=beside, name=name, scale=scale)
     if not columns:
         return None
     rows = [[row.entry.method, *(show(row) for show in columns.values())] for row in analysis.scored]
@@ -229,10 +231,17 @@ def _forgetting(row: Row, probe: str) -> Cell | str:
     return Cell(f"{scale.score(before)} → {scale.score(after)}{again}", "", told)
 
 
-def _robust(row: Row, name: str, scale: Scale) -> Cell | str:
-    both = [
-        (run.robustness[name].value, run.test.value) for run in row.entry.runs if name in run.robustness and run.test
-    ]
+def _under(run: Record) -> Mapping[str, Score]:
+    return run.robustness
+
+
+def _on(run: Record) -> Mapping[str, Score]:
+    return run.elsewhere
+
+
+def _beside(row: Row, scores: Callable[[Record], Mapping[str, Score]], name: str, scale: Scale) -> Cell | str:
+    """The same models on other texts."""
+    both = [(scores(run)[name].value, run.test.value) for run in row.entry.runs if name in scores(run) and run.test]
     if not both:
         return NOTHING
     there, plain = (numbers.mean(values) or 0.0 for values in zip(*both, strict=True))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from peftkit.bench.probes import Name
+from peftkit.data.mix import AnyData
 from peftkit.methods import AnyMethod, Prompting
 from peftkit.planning.specs import parse_number
 from peftkit.schema import Section, did_you_mean
@@ -37,6 +38,8 @@ class GridData(Section):
     """The figure of the task that is compared on test, such as `bleu`; its headline unless named."""
     backbones: tuple[Name, ...] = ()
     """Only these; all unless named."""
+    elsewhere: dict[Name, AnyData] = Field(default_factory=dict)
+    """Other data with the same columns and labels, on whose test rows the tuned model is scored too."""
 
     @model_validator(mode="after")
     def _has_the_score(self) -> GridData:

@@ -163,7 +163,12 @@ class Cell:
         probe, score = probe_of(self.grid.probe, self._first.task), self.grid.data[self.data].score
         measured = self.grid.model_dump(mode="json", include={"robustness"})
         measured["probe"] = None if probe is None else probe.model_dump(mode="json")
-        return measured if score is None else measured | {"score": score}
+        more = {"score": score, "elsewhere": self._elsewhere}
+        return measured | {name: value for name, value in more.items() if value}
+
+    @property
+    def _elsewhere(self) -> dict[str, Any]:
+        return {name: one.model_dump(mode="json") for name, one in self.grid.data[self.data].elsewhere.items()}
 
     @cached_property
     def _known(self) -> dict[tuple[Phase, int, float | None], Planned]:
@@ -246,7 +251,8 @@ def check_cells(grid: Grid, source: str) -> None:
         if (same := found.setdefault(planned.id, cell.name)) != cell.name:
             told.append(f"{source}: {cell.name} is the same run as {same}; leave one out")
     for name, data in grid.data.items():
-        told += [f"{source}: data.{name}: {problem}" for problem in missing_files(data.task.data)]
+        for one in (data.task.data, *data.elsewhere.values()):
+            told += [f"{source}: data.{name}: {problem}" for problem in missing_files(one)]
     for probe in listed(grid.probe):
         told += [f"{source}: probe: {problem}" for problem in missing_files(probe.data)]
     if told:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -51,35 +52,69 @@ def run_cells(
         workers: processes at a time, which share the processor's cores out.
     """
     records = {record.id: record for record in store.records()}
-    running: dict[Future[None], Planned] = {}
+    state = state_of(cells, records)
+
+    def told(record: Record, _: float) -> None:
+        nonlocal state
+        state = state_of(cells, records)
+        say(_line(record, state))
+
+    run_jobs(lambda: [_job(one, cells[0].grid, store) for one in state.pending], records, store, workers, told, limit)
+    return state
+
+
+def run_jobs(
+    pending: Callable[[], Sequence[Job]],
+    records: dict[str, Record],
+    store: Store,
+    workers: int,
+    told: Callable[[Record, float], object],
+    limit: int | None = None,
+    deadline: float | None = None,
+) -> None:
+    """Run what is pending until nothing is, `limit` runs were made, or the deadline has come.
+
+    Args:
+        pending: tells what can be run now, in order; what is running may be among it.
+        records: what is there; each new record is added before it is told.
+        told: is given each new record and the seconds that its run took.
+        deadline: as `time.monotonic` counts; what is running then is ended, and nothing of it is kept.
+    """
+    running: dict[Future[None], tuple[Job, float]] = {}
     started = 0
     processes = _Processes(workers)
     with ThreadPoolExecutor(workers) as pool:
-        state = state_of(cells, records)
         try:
             while True:
-                busy = {one.id for one in running.values()}
-                for planned in state.pending:
+                busy = {one.id for one, _ in running.values()}
+                for job in pending():
                     if len(running) == workers or (limit is not None and started == limit):
                         break
-                    if planned.id not in busy:
-                        running[pool.submit(processes.work, planned, cells[0].grid, store)] = planned
+                    if job.id not in busy:
+                        running[pool.submit(processes.work, job, store)] = (job, time.monotonic())
                         started += 1
                 if not running:
-                    return state
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    return
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                done, _ = wait(running, left, return_when=FIRST_COMPLETED)
+                if not done:
+                    processes.end()
+                    return
                 for future in done:
-                    planned = running.pop(future)
+                    job, began = running.pop(future)
                     future.result()
-                    record = store.find(planned.id)
-                    if record is None:
-                        raise PeftkitError(f"{store.folder}: run {planned.id} left no record; is the disk full?")
-                    records[planned.id] = record
-                    state = state_of(cells, records)
-                    say(_line(record, state))
+                    records[job.id] = _found(job, store)
+                    told(records[job.id], time.monotonic() - began)
         except BaseException:
             processes.end()
             raise
+
+
+def _found(job: Job, store: Store) -> Record:
+    record = store.find(job.id)
+    if record is None:
+        raise PeftkitError(f"{store.folder}: run {job.id} left no record; is the disk full?")
+    return record
 
 
 def _line(record: Record, state: State) -> str:
@@ -92,6 +127,18 @@ def _line(record: Record, state: State) -> str:
     return f"{which} {key.phase} seed {key.seed}{rate}: {record.status}, {value}{seconds}; {left} can be run next"
 
 
+def _job(planned: Planned, grid: Grid, store: Store) -> Job:
+    return Job(
+        id=planned.id,
+        key=planned.key,
+        run=planned.run,
+        folder=str(store.folder),
+        probe=grid.probe,
+        robustness=grid.robustness,
+        elsewhere=grid.data[planned.key.data].elsewhere,
+    )
+
+
 class _Processes:
     """The workers that are running."""
 
@@ -100,16 +147,8 @@ class _Processes:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._ending = False
 
-    def work(self, planned: Planned, grid: Grid, store: Store) -> None:
+    def work(self, job: Job, store: Store) -> None:
         """Run a worker to its end; of one that died without a word a record says so."""
-        job = Job(
-            id=planned.id,
-            key=planned.key,
-            run=planned.run,
-            folder=str(store.folder),
-            probe=grid.probe,
-            robustness=grid.robustness,
-        )
         told = ""
         for _ in range(TRIES):
             code, told = self._ended(job)
@@ -132,6 +171,8 @@ class _Processes:
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends its workers itself
             )
             self._running.add(process)
+            if self._ending:  # `end` came between, and did not see it
+                process.kill()
             process.communicate(job.model_dump_json().encode())
             self._running.discard(process)
             code = process.returncode

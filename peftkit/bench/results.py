@@ -180,7 +180,7 @@ def _blocks(results: Results, store: Store) -> Iterable[Block]:
         block = Block(
             *place,
             tuple(
-                _entry(cell[3], there.get(cell, []), planned.get(cell, ()), results, store)
+                entry_of(cell[3], there.get(cell, []), planned.get(cell, ()), results, store)
                 for cell in cells
                 if cell in there or cell in planned
             ),
@@ -209,7 +209,8 @@ def _place_order(place: Place) -> tuple[str, str, float, str]:
     return (backbone, data, float(budget) if budget.isdecimal() else float("inf"), budget)
 
 
-def _entry(method: str, records: Sequence[Record], planned: Sequence[int], results: Results, store: Store) -> Entry:
+def entry_of(method: str, records: Sequence[Record], planned: Sequence[int], results: Results, store: Store) -> Entry:
+    """The runs of one cell with what they answered; what cannot be used is noted in `results`."""
     trials = tuple(record for record in records if record.key.phase == "trial")
     finals = sorted((one for one in records if one.key.phase == "final"), key=lambda one: (one.key.seed, one.id))
     counted, rows = [], []

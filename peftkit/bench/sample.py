@@ -25,3 +25,8 @@ def sampled(train: Rows, count: int, label: str | None, seed: int) -> Rows:
         raise UsageError(f"{train.source}: {len(groups[few]):,} rows {what}, and a budget of {count:,}; lower it")
     chance = random.Random(f"{seed}/{count}")
     return train.take(sorted(index for name in sorted(groups) for index in chance.sample(groups[name], count)))
+
+
+def fewer(rows: Rows, most: int | None) -> Rows:
+    """`most` of the rows, drawn once for all, in their old order; all of them where there are no more."""
+    return rows if most is None or len(rows) <= most else sampled(rows, most, None, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 PARTS = (
     *("audit", "backbones", "data", "engine", "methods", "metrics", "tasks", "training"),
     *("config.py", "evaluation.py", "prepare.py", "session.py"),
-    *("bench/worker.py", "bench/probe.py", "bench/sample.py"),
+    *("bench/worker.py", "bench/scoring.py", "bench/probe.py", "bench/probes.py", "bench/sample.py"),
 )
 
 

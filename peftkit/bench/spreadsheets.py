@@ -53,6 +53,7 @@ def _run(record: Record, counted: bool) -> Figures:
         row[name] = score.value if score else None
     row |= {f"test_{name}": value for name, value in (record.test.values.items() if record.test else ())}
     row |= {f"robustness_{name}": score.value for name, score in record.robustness.items()}
+    row |= {f"elsewhere_{name}": score.value for name, score in record.elsewhere.items()}
     for name in ("merged_answers_changed", "best_step", "trainable_parameters", "head_parameters"):
         row[name] = getattr(record, name)
     row |= {"matched_to_parameters": key.parameters} if key.parameters else {}

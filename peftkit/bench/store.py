@@ -118,6 +118,9 @@ class Record(Section):
     """Of the same weights as one plain model, where the method merges."""
     merged_answers_changed: int | None = None
     robustness: dict[str, Score] = Field(default_factory=dict)
+    """Of the test texts changed, by the kind of change."""
+    elsewhere: dict[str, Score] = Field(default_factory=dict)
+    """Of other data with the same labels, by its name."""
     forgetting: Forgetting | None = None
     trainable_parameters: int = 0
     head_parameters: int = 0

@@ -7,7 +7,6 @@ A job is the JSON of a `Job`. The run's own folder is temporary; what is kept go
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -15,16 +14,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from peftkit.bench.probes import Probes, probe_of
-from peftkit.bench.sample import sampled
+from peftkit.bench.sample import fewer, sampled
+from peftkit.bench.scoring import (
+    answers_of,
+    majority_score,
+    merged_scores,
+    other_split,
+    score_of,
+    score_of_changed,
+    untuned_score,
+)
 from peftkit.bench.source import source_sha256
 from peftkit.bench.store import Answers, Cost, Key, Record, Score, Store
 from peftkit.config import Run, in_folder
 from peftkit.console import guard
-from peftkit.data.augment import AnyAugmentation, changed_rows
-from peftkit.errors import NotMergeable, PeftkitError, TrainingError
+from peftkit.data.augment import AnyAugmentation
+from peftkit.data.mix import AnyData
+from peftkit.errors import PeftkitError
 from peftkit.schema import Section
-from peftkit.tasks.prompted import Prompted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,14 +43,11 @@ if TYPE_CHECKING:
     from peftkit.backbones.load import Backbone
     from peftkit.bench.probe import Forgotten
     from peftkit.data.sources import Splits
-    from peftkit.evaluation import Evaluation
     from peftkit.prepare import Prepared
     from peftkit.training.record import TrainRecord
 
 LOSS = "loss"
 """The one headline of which less is better."""
-ANSWER = ("label", "labels", "tags", "text")
-"""What of a prediction is an answer; the rest says how certain it is."""
 CURVE = 100
 """Points of a learning curve that are kept."""
 
@@ -55,6 +62,11 @@ class Job(Section):
     """Of results."""
     probe: Probes | None = None
     robustness: tuple[AnyAugmentation, ...] = ()
+    elsewhere: dict[str, AnyData] = Field(default_factory=dict)
+    dev_rows: int | None = None
+    """The most rows of dev that a trial is scored on."""
+    answers: bool = False
+    """Keep what a trial answers on dev."""
 
 
 def main() -> None:
@@ -109,8 +121,9 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
     data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
     final, figure = job.key.phase == "final", job.key.score
+    others = {name: other_split(name, one, run, data) for name, one in job.elsewhere.items()} if final else {}
     forgotten = _probe(job, run, backbone, accelerator) if final else None
-    untuned = _untuned(run, data, backbone, accelerator, figure) if final else None
+    untuned = untuned_score(run, data, backbone, accelerator, figure) if final else None
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
     record = train(model, run, data, accelerator)
     heads = [one for name, one in trained_parameters(model).items() if inside(name, backbone.head_modules)]
@@ -119,7 +132,8 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
         "untuned": untuned,
     }
     if not final:
-        return Record(**known, status="finished", cost=_cost(record)), None
+        cost, answers = _tried(job, run, model, data, record, accelerator)
+        return Record(**known, status="finished", cost=cost), answers
     before = time.perf_counter()
     after = evaluate(model, run.task, data.test, accelerator)
     seconds = time.perf_counter() - before
@@ -127,15 +141,34 @@ def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | 
     artifact = folder / run.method.artifact
     known |= {
         "cost": _cost(record, seconds, len(data.test)),
-        "test": _score(after, figure),
-        "majority": _majority(run, data, figure),
+        "test": score_of(after, figure),
+        "majority": majority_score(run, data, figure),
         "artifact_bytes": sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file()),
         "saved_parameters": saved_parameters(artifact),
-        "robustness": {one.kind: _changed(one, run, data, model, accelerator, figure) for one in job.robustness},
+        "robustness": {
+            one.kind: score_of_changed(one, run, data, model, accelerator, figure) for one in job.robustness
+        },
+        "elsewhere": {
+            name: score_of(evaluate(model, run.task, split, accelerator), figure) for name, split in others.items()
+        },
         "forgetting": forgotten(model) if forgotten else None,
     }
-    known |= _merged(run, folder, data, after, accelerator, figure)
-    return Record(**known, status="finished"), _answers(run, data, after, figure)
+    known |= merged_scores(run, folder, data, after, accelerator, figure)
+    return Record(**known, status="finished"), answers_of(run.task, data.test, after, figure)
+
+
+def _tried(
+    job: Job, run: Run, model: nn.Module, data: Prepared, record: TrainRecord, accelerator: Accelerator
+) -> tuple[Cost, Answers | None]:
+    """What a trial took, and what it answers on dev where that is asked for."""
+    from peftkit.evaluation import evaluate
+
+    if not job.answers:
+        return _cost(record), None
+    task, before = run.task.while_training(), time.perf_counter()
+    found = evaluate(model, task, data.dev, accelerator)
+    seconds = time.perf_counter() - before
+    return _cost(record, seconds, len(data.dev)), answers_of(task, data.dev, found)
 
 
 def _rows(job: Job, run: Run) -> Splits:
@@ -144,7 +177,9 @@ def _rows(job: Job, run: Run) -> Splits:
     if job.key.budget != "all":
         train = sampled(splits.train, int(job.key.budget), run.task.label_column(), job.key.seed)
         splits = replace(splits, train=train)
-    return splits if job.key.phase == "final" else replace(splits, test=None)
+    if job.key.phase == "final":
+        return splits
+    return replace(splits, dev=fewer(splits.dev, job.dev_rows), test=None)
 
 
 def _trained(run: Run, record: TrainRecord, data: Prepared) -> dict[str, Any]:
@@ -181,89 +216,6 @@ def _cost(record: TrainRecord, evaluation_seconds: float | None = None, rows: in
         peak_memory_bytes=record.peak_memory_bytes,
         memory_growth_bytes=record.memory_growth_bytes,
     )
-
-
-def _untuned(
-    run: Run, data: Prepared, backbone: Backbone, accelerator: Accelerator, figure: str | None
-) -> Score | None:
-    """The score of the backbone before any method is attached, where nothing else says what it does by itself: neither
-    an answer that ignores the input nor, of what is prompted, the row of prompting."""
-    from peftkit.bench.probe import placed
-    from peftkit.evaluation import evaluate
-
-    if not run.method.trains or isinstance(run.task, Prompted):
-        return None
-    if run.task.majority(data.train.rows, data.test.rows, data.test.labels) is not None:
-        return None
-    with placed(backbone.model, accelerator):
-        return _score(evaluate(backbone.model, run.task, data.test, accelerator), figure)
-
-
-def _score(evaluation: Evaluation, figure: str | None) -> Score:
-    """Under the figure that is compared; None: the headline."""
-    scores = evaluation.scores.by(figure) if figure else evaluation.scores
-    return Score(
-        headline=scores.headline, value=scores.value, lower_is_better=scores.lower_is_better, values=scores.values
-    )
-
-
-def _majority(run: Run, data: Prepared, figure: str | None) -> Score | None:
-    from peftkit.evaluation import baselines
-
-    found = baselines(run.task, data.train, data.test)
-    return _score(found["majority"], figure) if found else None
-
-
-def _answers(run: Run, data: Prepared, after: Evaluation, figure: str | None) -> Answers:
-    """Refuses counts that do not add up to the score that was told."""
-    counts = run.task.counts(after.predictions, data.test.rows, data.test.labels, figure)
-    predictions = tuple({k: v for k, v in one.items() if k != "probabilities"} for one in after.predictions)
-    if counts is None or not sum(counts.denominators):  # without any example there is nothing to divide by
-        return Answers(predictions=predictions)
-    told, ratio = _score(after, figure), sum(counts.numerators) / sum(counts.denominators)
-    value = math.exp(min(ratio, 700.0)) if counts.transform == "exp" else ratio
-    if abs(value - told.value) > 1e-9 * max(1.0, abs(value)):
-        raise TrainingError(
-            f"{told.headline} is {told.value!r}, and its rows add up to {value!r}; this is a fault of peftkit: please "
-            "report it with `peftkit env`"
-        )
-    return Answers(
-        predictions=predictions,
-        numerators=tuple(counts.numerators),
-        denominators=tuple(counts.denominators),
-        transform=counts.transform,
-    )
-
-
-def _changed(
-    change: Any, run: Run, data: Prepared, model: nn.Module, accelerator: Accelerator, figure: str | None
-) -> Score:
-    """The score on the test texts as somebody in a hurry would have typed them."""
-    from peftkit.evaluation import evaluate
-    from peftkit.prepare import encode_split
-
-    rows = changed_rows(data.test.rows, run.task.free_texts, change, str(change.seed))
-    split = encode_split(run, "test", rows, data.head, data.tokenizer)
-    return _score(evaluate(model, run.task, split, accelerator), figure)
-
-
-def _merged(
-    run: Run, folder: Path, data: Prepared, after: Evaluation, accelerator: Accelerator, figure: str | None
-) -> dict[str, Any]:
-    """The score of what was saved, read back and merged, where the method merges."""
-    from peftkit.artifacts.loading import in_full_precision
-    from peftkit.artifacts.store import load_run
-    from peftkit.evaluation import evaluate
-
-    saved = load_run(folder)
-    try:
-        model = run.method.merge(in_full_precision(saved))
-    except NotMergeable:
-        return {}
-    found = evaluate(model, run.task, data.test, accelerator)
-    pairs = zip(after.predictions, found.predictions, strict=True)
-    changed = sum(any(one.get(key) != other.get(key) for key in ANSWER) for one, other in pairs)
-    return {"merged": _score(found, figure), "merged_answers_changed": changed}
 
 
 def _probe(job: Job, run: Run, backbone: Backbone, accelerator: Accelerator) -> Forgotten | None:

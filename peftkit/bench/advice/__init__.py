@@ -1,0 +1,1 @@
+"""Advice on the method for one configuration: a comparison in miniature, on its own data."""
