@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import runpy
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -78,7 +80,7 @@ def toy_rows(count: int, seed: int) -> list[dict[str, Any]]:
     chance = random.Random(seed)
     found = []
     for _ in range(count):
-        words, row = chance.choices(FILLERS, k=chance.randint(0, 2)), {}
+        words, row = chance.choices(FILLERS, k=chance.randint(0, 1)), {}
         for name, groups in TASKS.items():
             group = chance.randrange(2)
             row[name] = f"{name}-{group}"
@@ -157,7 +159,7 @@ def stages(file: Path) -> list[Stage]:
 def test_what_is_trained_on_and_on_forgets(
     strategy: str, config: Callable[..., Path], recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = config(strategy, steps=50)
+    file = config(strategy, steps=40)
     assert recipe(file) == 0
     found = result(file)
     (seed,) = found["seeds"]
@@ -168,7 +170,7 @@ def test_what_is_trained_on_and_on_forgets(
     assert found["mean"]["forward_transfer"] == matrix[0][1] - seed["untuned"][1]
     assert found["spread"]["forgetting"] is None
     printed = capsys.readouterr().out
-    assert f"after city       {matrix[1][0]:.4f}  {matrix[1][1]:.4f}" in printed
+    assert re.search(rf"\nafter city +{matrix[1][0]:.4f} +{matrix[1][1]:.4f}\n", printed)
     # the run of a task is a run as any other: what it answers is what was scored
     first, second = stages(file)
     assert load_run(second.folder).manifest["scores"]["after"]["accuracy"] == matrix[1][1]
@@ -221,14 +223,14 @@ def test_an_adapter_for_each_task_forgets_nothing_and_seeds_have_a_spread(
 
 
 def test_replay_forgets_less(config: Callable[..., Path], recipe: Callable[..., int]) -> None:
-    file = config("replay", steps=60)
+    file = config("replay", steps=60, replay={"share": 0.3})
     assert recipe(file) == 0
     matrix = result(file)["seeds"][0]["matrix"]
     assert min(matrix[0][0], matrix[1][1]) > 0.8
     assert matrix[0][0] - matrix[1][0] < 0.1
     second = stages(file)[1]
     manifest = json.loads((second.folder / "manifest.json").read_text())
-    assert "replay: beside 160 rows of city, 160 from the 160 of sentiment" in manifest["notes"]
+    assert "replay: beside 160 rows of city, 69 from the 160 of sentiment" in manifest["notes"]
     # the run is a classifier of its own task for everybody else
     assert {one["label"] for one in _predictions(second)} == {"city-0", "city-1"}
 
@@ -269,6 +271,10 @@ def test_the_loss_of_a_mixed_batch_is_that_of_each_task_under_its_own_head(
     torch.testing.assert_close(loss, expected)
     assert run.task.example_weight(mixed.train.encoded.examples[own], mixed.class_weights) == 1.0
     loss.backward()
+    run.task.check_heads()
+    next(iter(run.task._remembered[0].head.values())).add_(1e-6)
+    with pytest.raises(TrainingError, match="the head of task 'sentiment' changed while a later task was trained"):
+        run.task.check_heads()
     gradients = {name: p.grad for name, p in trained_parameters(model).items()}
     assert set(shared_part(model, ("classifier",))) < set(gradients) and None not in gradients.values()
 
@@ -283,7 +289,7 @@ def test_a_sequence_that_was_stopped_goes_on_with_the_next_task_and_ends_alike(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = config("shared", ("sentiment", "city", "person"))
+    file = config("shared")
     assert recipe(file) == 0
     whole = result(file)
     assert recipe(file) == 0  # nothing is left to do
@@ -336,19 +342,6 @@ def test_weights_that_are_not_those_that_a_training_ended_with_are_told(
     assert "went on from another run of task 'sentiment'" in capsys.readouterr().err
 
 
-def test_heads_of_earlier_tasks_that_change_while_replayed_are_told(
-    config: Callable[..., Path], recipe: Callable[..., int]
-) -> None:
-    file = config("replay")
-    assert recipe(file) == 0
-    run, _ = rehearse(stages(file)[1], stages(file)[1].prepare())
-    assert isinstance(run.task, Rehearsal)
-    run.task.check_heads()
-    next(iter(run.task._remembered[0].head.values())).add_(1e-6)
-    with pytest.raises(TrainingError, match="the head of task 'sentiment' changed while a later task was trained"):
-        run.task.check_heads()
-
-
 # --- bad input -------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -373,9 +366,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["strategy=replay", "replay={share: 0.1}", "training.r_drop=0.5"],
         "training.r_drop: not with replay",
     ),
-    "an impossible task": (
-        ["method.kind=lora", "backbone.quantization={kind: nf4}", "method.initialization=olora"],
-        "olora",
+    "an impossible run": (
+        ["strategy=full", "method={kind: full}", "backbone.dtype=bfloat16"],
+        "tasks.0: method 'full' trains weights of the backbone itself; in bfloat16 it loses",
     ),
 }
 
@@ -449,16 +442,13 @@ def test_the_shipped_sequences_can_be_read_and_named(monkeypatch: pytest.MonkeyP
         assert sequence_id(other) == sequence_id(plain)
         for line in file.read_text().splitlines():
             if line.startswith("#   python") and "strategy=" in line:
-                overrides = [
-                    one.strip("'") for one in line.partition("… ")[2].replace("{kind: full}", "{kind:full}").split()
-                ]
-                load_sequence(file, [one.replace("{kind:full}", "{kind: full}") for one in overrides])
+                load_sequence(file, shlex.split(line.partition("… ")[2]))
 
 
 def test_a_matrix_has_what_is_known_and_nothing_else(config: Callable[..., Path]) -> None:
     from peftkit.continual.course import Row
 
-    known = {"seed": 1, "manifest_sha256": "", "headline": "accuracy", "test_rows": 9, "trainable_parameters": 1}
+    known = {"seed": 1, "manifests": (), "headline": "accuracy", "test_rows": 9, "trainable_parameters": 1}
     known |= {"steps": 1, "seconds": 1.0}
     made = [
         Row(task=str(index), scores=tuple([0.5 + index / 10] * (index + 1)), untuned=0.3, before=before, **known)

@@ -37,8 +37,8 @@ class Row(Section):
 
     task: str
     seed: int
-    manifest_sha256: str
-    """Of the run that was scored."""
+    manifests: tuple[str, ...]
+    """sha256 of the manifests of the runs so far, which name them with all their bytes."""
     headline: str
     scores: tuple[float, ...]
     """On the tests of the tasks so far, this one last."""
@@ -124,6 +124,11 @@ class Stage:
         """Names the finished run with all its bytes."""
         return file_sha256(self.folder / MANIFEST)
 
+    @property
+    def manifests(self) -> tuple[str, ...]:
+        """The same of all runs so far, this one last."""
+        return tuple(one.manifest_sha256 for one in (*self.earlier, self))
+
     def prepare(self) -> Prepared:
         """Rows and tokens of the task."""
         return self.course.prepared(self)
@@ -152,10 +157,10 @@ class Stage:
         self._write("row", row)
 
     def row(self) -> Row | None:
-        """What `keep_row` wrote of this very run; None where that is missing, damaged or of another."""
+        """What `keep_row` wrote of these very runs; None where that is missing, damaged or of others."""
         try:
             row = Row.model_validate_json(self._file("row").read_bytes(), strict=True)
-            return row if row.manifest_sha256 == self.manifest_sha256 else None
+            return row if row.manifests == self.manifests else None
         except (OSError, ValidationError):
             return None
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from peftkit.artifacts.loading import load_run
 from peftkit.artifacts.manifest import read_manifest
-from peftkit.artifacts.store import SCORES
 from peftkit.console import say
 from peftkit.continual.course import Row, Stage
 from peftkit.continual.heads import worn
-from peftkit.continual.restored import restored, restored_head
+from peftkit.continual.restored import check_chain, restored, restored_head
 from peftkit.errors import ArtifactError, TrainingError
 from peftkit.evaluation import evaluate
 from peftkit.session import inference_accelerator
@@ -27,22 +25,23 @@ def add_row(stage: Stage) -> None:
         ArtifactError: files are not what the trainings ended with.
         TrainingError: a score is not what it must be, see `_check`.
     """
+    check_chain(stage)
     if stage.row() is not None:
         return
     accelerator = inference_accelerator(stage.run)
     scores = _carried(stage, accelerator) if stage.course.sequence.carries else _own(stage, accelerator)
-    manifest, told = read_manifest(stage.folder), _told(stage)
-    headline, after = _headline(told, "after")
-    _check(stage, scores, after)
+    manifest, headline = read_manifest(stage.folder), stage.run.task.headline
+    told = _told(stage, manifest, headline)
+    _check(stage, scores, told["after"])
     stage.keep_row(
         Row(
             task=stage.name,
             seed=stage.seed,
-            manifest_sha256=stage.manifest_sha256,
+            manifests=stage.manifests,
             headline=headline,
             scores=tuple(scores),
-            untuned=_headline(told, "untuned")[1],
-            before=_headline(told, "before")[1] if "before" in told else None,
+            untuned=told["untuned"],
+            before=told.get("before"),
             test_rows=len(stage.prepare().test),
             trainable_parameters=manifest["training"]["trainable_parameters"],
             steps=manifest["training"]["steps"],
@@ -94,18 +93,12 @@ def _check(stage: Stage, scores: list[float], after: float) -> None:
             )
 
 
-def _told(stage: Stage) -> dict[str, Any]:
-    file = stage.folder / SCORES
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return {name: found[name] for name in found} | {name: found[name] for name in ("untuned", "after")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _told(stage: Stage, manifest: dict[str, Any], headline: str) -> dict[str, float]:
+    """What the trained model itself scored, by name."""
+    told = {name: float(values[headline]) for name, values in manifest["scores"].items()}
+    if "untuned" not in told:
         raise ArtifactError(
-            f"{file} is damaged ({type(error).__name__}: {error}); remove {stage.folder} and those of later tasks, and "
-            "they are trained again"
-        ) from None
-
-
-def _headline(told: dict[str, Any], name: str) -> tuple[str, float]:
-    headline = str(told[name]["headline"])
-    return headline, float(told[name]["values"][headline])
+            f"{stage.folder} was not trained as a task of a sequence; remove it and those of later tasks, and they are "
+            "trained again"
+        )
+    return told

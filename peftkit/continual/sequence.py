@@ -119,8 +119,7 @@ def load_sequence(path: Path, overrides: Sequence[str] = ()) -> TaskSequence:
     except ValidationError:
         raise ConfigError(problems(document, TaskSequence)) from None
     told = [(at, f"{_dotted(at)}: {message}") for at, message in _conflicts(sequence)]
-    told = told or [(at, message) for at, message in _impossible(sequence, document)]
-    if told:
+    if told := told or list(_impossible(sequence, document)):
         told.sort(key=lambda one: document.order(one[0]))
         raise ConfigError([f"{document.where(at)}: {message}" for at, message in told])
     if sequence.output.folder is None:
@@ -191,10 +190,9 @@ def _conflicts(sequence: TaskSequence) -> Iterator[tuple[KeyPath, str]]:
     if "seed" in sequence.training.model_fields_set:
         yield ("training", "seed"), "a sequence has a list of seeds; leave this out and set seeds"
     if (sequence.strategy == "replay") != (sequence.replay is not None):
-        wanted = (
-            "is missing: say how much, such as {share: 0.2}" if sequence.replay is None else "is of strategy replay"
-        )
-        yield ("replay",), f"{wanted} (the strategy is '{sequence.strategy}')"
+        missing = "is missing, and strategy 'replay' needs it: say how much, such as {share: 0.2}"
+        idle = f"does nothing with strategy '{sequence.strategy}'; leave it out (replay=null)"
+        yield ("replay",), missing if sequence.replay is None else idle
     for name in ("r_drop", "adversarial"):
         if sequence.strategy == "replay" and getattr(sequence.training, name) is not None:
             yield ("training", name), "not with replay, whose batches go through several heads; leave one of them out"
@@ -216,7 +214,7 @@ def _conflicts_of_tasks(sequence: TaskSequence) -> Iterator[tuple[KeyPath, str]]
             if None not in (first, own) and first != own:
                 yield (
                     ("tasks", number, "task", setting),
-                    f"'{own}' and the first task's is '{first}'; all need the same",
+                    f"'{own}', and the first task's is '{first}'; all need the same",
                 )
 
 
@@ -239,13 +237,18 @@ def _conflicts_of_method(sequence: TaskSequence) -> Iterator[tuple[KeyPath, str]
 
 def _impossible(sequence: TaskSequence, document: Document) -> Iterator[tuple[KeyPath, str]]:
     """Tasks that cannot be run, or whose files are not here."""
+    known: set[str] = set()
     for number, one in enumerate(sequence.tasks):
         at: KeyPath = ("tasks", number, "task", "data")
         yield from ((at, f"tasks.{number}.task.data: {problem}") for problem in missing_files(one.task.data))
         try:
             run_of(sequence, number, sequence.seeds[0], None, document.source)
         except ConfigError as error:
-            yield from ((("tasks", number), problem.partition(": ")[2]) for problem in error.problems)
+            # what backbone, method and training have against each other is of all tasks alike
+            for reason in (problem.partition(": ")[2] for problem in error.problems):
+                if reason not in known:
+                    yield ("tasks", number), f"tasks.{number}: {reason}"
+                    known.add(reason)
 
 
 def _as_written(section: Section) -> dict[str, Any]:
