@@ -213,9 +213,10 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def list_recipes(options: argparse.Namespace) -> None:
-    from peftkit.shipped import configs, launches, recipes
+    from peftkit.shipped import configs, launches, recipes, sequences
 
-    for title, files in (("recipes", recipes()), ("configs", configs()), ("accelerate", launches())):
+    folders = {"recipes": recipes, "configs": configs, "sequences": sequences, "accelerate": launches}
+    for title, files in ((name, found()) for name, found in folders.items()):
         print(title)
         for file, summary in files.items():
             print(f"  {file.name:24} {summary}")

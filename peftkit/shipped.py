@@ -25,6 +25,11 @@ def configs() -> dict[Path, str]:
     return _with_comments("configs")
 
 
+def sequences() -> dict[Path, str]:
+    """Configurations of recipes/continual.py with the comment on their first line."""
+    return _with_comments("sequences")
+
+
 def launches() -> dict[Path, str]:
     """Accelerate configurations, for `peftkit launch --accelerate`, with the comment on their first line."""
     return _with_comments("accelerate")
@@ -32,7 +37,7 @@ def launches() -> dict[Path, str]:
 
 def copy(name: str, target: Path | None) -> Path:
     """Copy a shipped file by its name to `target`, by default here under the same name; never over another file."""
-    shipped = {file.name: file for file in (*recipes(), *configs(), *launches())}
+    shipped = {file.name: file for file in (*recipes(), *configs(), *sequences(), *launches())}
     source = shipped.get(name) or shipped.get(f"{name}.yaml")
     if source is None:
         raise UsageError(f"nothing is shipped as '{name}'{did_you_mean(name, shipped)}")

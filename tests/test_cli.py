@@ -172,7 +172,7 @@ def test_cp_never_overwrites(tmp_path: Path) -> None:
 
 
 def test_every_shipped_file_can_be_copied(tmp_path: Path) -> None:
-    for file in (*shipped.recipes(), *shipped.configs()):
+    for file in (*shipped.recipes(), *shipped.configs(), *shipped.sequences()):
         assert shipped.copy(file.name, tmp_path).read_bytes() == file.read_bytes()
 
 

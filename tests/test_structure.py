@@ -30,7 +30,7 @@ LAYERS = (
         "peftkit.typed",
     ),
     ("peftkit.serving",),
-    ("peftkit.artifacts", "peftkit.bench"),
+    ("peftkit.artifacts", "peftkit.bench", "peftkit.continual"),
     (
         "peftkit.training",
         "peftkit.evaluation",

@@ -1,0 +1,1 @@
+"""Tasks learnt one after the other, and what becomes of the earlier ones."""
