@@ -16,7 +16,7 @@ import yaml
 from conftest import write_jsonl
 
 from peftkit.bench import launch
-from peftkit.bench.advice import conduct, schedule
+from peftkit.bench.advice import candidates, conduct, schedule
 from peftkit.bench.advice.prices import SLACK, Price, Prices, Timed, makespan
 from peftkit.bench.advice.recipe import write_recipe
 from peftkit.bench.advice.schedule import (
@@ -267,6 +267,7 @@ class TestCommandLine:
 
         monkeypatch.setattr(launch._Processes, "work", here)
         monkeypatch.setattr(schedule, "MOST_SEEDS", len(SEEDS))
+        monkeypatch.setattr(candidates, "rates_to_try", lambda kind, own: USUAL_RATES[kind][:2])
         command = ["advise", str(config), "--budget-minutes", "60", "--method", "full", "--method", "head", "--json"]
         assert main([*command, "--workers", "1"]) == 0
         told = json.loads(capsys.readouterr().out)
