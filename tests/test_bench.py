@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from conftest import write_jsonl
 
 from peftkit.bench.grid import Cell, Grid, cells, load_grid
 from peftkit.bench.launch import run_cells, state_of
+from peftkit.bench.processes import Processes
 from peftkit.bench.sample import sampled
 from peftkit.bench.store import Answers, Key, Record, Score, Store
 from peftkit.bench.tuning import Progress, progress
@@ -33,6 +35,10 @@ from peftkit.errors import ConfigError, UsageError
 
 @pytest.fixture
 def tree(tiny_bert: Path, toy_data: Path) -> dict[str, Any]:
+    return toy_tree(tiny_bert, toy_data)
+
+
+def toy_tree(tiny_bert: Path, toy_data: Path) -> dict[str, Any]:
     """A small grid as YAML holds it."""
     files = {split: str(toy_data / f"sentiment_{split}.jsonl") for split in ("train", "dev", "test")}
     return {
@@ -417,9 +423,10 @@ class TestLaunch:
             PIPE = subprocess.PIPE
 
         grid = grid_of(tree, tmp_path)
-        monkeypatch.setattr("peftkit.bench.launch.subprocess", Patched)
+        monkeypatch.setattr("peftkit.bench.processes.subprocess", Patched)
         said: list[str] = []
-        state = run_cells(list(cells(grid)), Store(tmp_path / "results"), 2, said.append)
+        engine = Processes(2, math.inf, said.append)
+        state = run_cells(list(cells(grid)), Store(tmp_path / "results"), engine, said.append)
         assert {found.state for _, found in state.cells} == {"stuck"}
         errors = {str(record.error) for record in state.records.values()}
         assert errors == {"the process was killed by SIGKILL, as the system does where memory is short"}

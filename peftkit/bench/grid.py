@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from peftkit.backbones.load import BackboneSettings
 from peftkit.bench.store import Key, Phase, PlannedCell
-from peftkit.config import Run, run_id, validate
+from peftkit.config import Run, settings_of, validate
 from peftkit.config_file import Document, read_document
 from peftkit.config_problems import problems
 from peftkit.data.augment import AnyAugmentation
@@ -174,6 +174,10 @@ class Cell:
         return validate(Document(f"{self.source} ({self.name})", tree))
 
     @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(self._first)
+
+    @cached_property
     def _measured(self) -> dict[str, Any]:
         return self.grid.model_dump(mode="json", include={"probe", "robustness"})
 
@@ -199,8 +203,14 @@ class Cell:
             learning_rate=learning_rate,
         )
         measured = self._measured if phase == "final" else {}
-        named = json.dumps([run_id(run), phase, self.budget, measured], sort_keys=True)
-        return Planned(hashlib.sha256(named.encode()).hexdigest()[:16], key, run)
+        return Planned(_hash([self._run_id(run), phase, self.budget, measured]), key, run)
+
+    def _run_id(self, run: Run) -> str:
+        """What `run_id` says, for which only the sections that differ from the first run's are written out anew."""
+        changed = {name for name in self._settings if getattr(run, name) is not getattr(self._first, name)}
+        parts = run.model_dump(mode="json", include=changed)
+        settings = {name: {one: parts[name][one] for one in self._settings[name]} for name in changed}
+        return _hash(self._settings | settings)
 
 
 def cells(grid: Grid, source: str = "grid") -> Iterator[Cell]:
@@ -227,20 +237,25 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         UsageError: the file cannot be read.
         ConfigError: every problem at once: settings, impossible cells, cells that are the same, data that is not here.
     """
+    return load_cells(path, overrides)[0]
+
+
+def load_cells(path: Path, overrides: Sequence[str] = ()) -> tuple[Grid, list[Cell]]:
+    """A grid and its cells, which were all checked. Raises as `load_grid` does."""
     document = read_document(path, overrides)
     try:
         grid = Grid.model_validate_json(json.dumps(document.tree), strict=True)
     except ValidationError:
         raise ConfigError(problems(document, Grid)) from None
-    check_cells(grid, str(path))
-    return grid
+    return grid, check_cells(grid, str(path))
 
 
-def check_cells(grid: Grid, source: str) -> None:
-    """Refuse a grid with cells that cannot be run, or that are the same run under two names."""
+def check_cells(grid: Grid, source: str) -> list[Cell]:
+    """The cells of a grid; refuses those that cannot be run, or that are the same run under two names."""
+    every = list(cells(grid, source))
     found: dict[str, str] = {}
     told: list[str] = []
-    for cell in cells(grid, source):
+    for cell in every:
         try:
             planned = cell.final(grid.seeds[0], next(iter(cell.rates), None))
         except ConfigError as error:
@@ -254,6 +269,11 @@ def check_cells(grid: Grid, source: str) -> None:
         told += [f"{source}: probe: {problem}" for problem in missing_files(grid.probe.data)]
     if told:
         raise ConfigError(list(dict.fromkeys(told)))
+    return every
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _as_written(section: Section) -> dict[str, Any]:
