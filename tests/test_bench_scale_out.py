@@ -21,7 +21,7 @@ from benchmarks.bench_ray import comparable, kill_a_task, tasks_below
 from peftkit.bench.cluster import Cluster, Share, cluster, share
 from peftkit.bench.grid import Grid, cells
 from peftkit.bench.launch import run_cells, state_of
-from peftkit.bench.memory import BASE, MIB, Footprints, planned_bytes, startable
+from peftkit.bench.memory import BASE, COPIES, MIB, Footprint, Footprints, footprint, startable
 from peftkit.bench.processes import TRIES, Processes, Worker
 from peftkit.bench.remote import Origin, Reply, make, origin
 from peftkit.bench.store import Cost, Record, Store
@@ -71,7 +71,7 @@ class TestStartable:
     def test_what_may_start(
         self, pending: str, running: str, workers: int, memory: float, expected: str, wanted: float | None
     ) -> None:
-        rest = startable(pending, running, workers, memory, SIZES.__getitem__)
+        rest = startable(pending, running, workers, lambda: memory, SIZES.__getitem__)
         found = []
         while True:
             try:
@@ -81,18 +81,18 @@ class TestStartable:
                 return
 
     def test_nothing_is_asked_of_one_alone(self) -> None:
-        def need(_: str) -> float:
-            raise AssertionError("planning takes seconds")
+        def ask(*_: str) -> float:
+            raise AssertionError("it takes seconds to find out")
 
-        assert list(startable("ab", "", 1, 8, need)) == ["a"]
-        assert next(startable("ab", "", 2, 8, need)) == "a"
+        assert list(startable("ab", "", 1, ask, ask)) == ["a"]
+        assert next(startable("ab", "", 2, ask, ask)) == "a"
 
 
 class TestFootprints:
     def test_what_was_measured_counts_before_what_is_planned(
         self, grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("peftkit.bench.memory.planned_bytes", lambda run: 700)
+        monkeypatch.setattr("peftkit.bench.memory.footprint", lambda run: Footprint(700))
         full, head = cells(grid)
         said: list[str] = []
         footprints = Footprints(said.append)
@@ -104,14 +104,18 @@ class TestFootprints:
         assert (footprints.of(trial), footprints.of(final)) == (500, 500)
         assert footprints.of(job_of(head.trial(1e-2), grid, tmp_path)) == 700
         assert said == []
+        footprints.add(with_cost(record_of(head.trial(1e-2), 0.5), 300).model_copy(update={"total_parameters": 10}))
+        assert footprints.of(job_of(head.trial(1e-2), grid, tmp_path)) == 300
+        # which is read back and merged
+        assert footprints.of(job_of(head.final(1, 1e-2), grid, tmp_path)) == 300 + COPIES * 10 * 4
 
     def test_what_cannot_be_planned_is_told_once(
         self, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refuse(run: Any) -> int:
+        def refuse(run: Any) -> Footprint:
             raise NotImplementedError("aten::strange")
 
-        monkeypatch.setattr("peftkit.bench.memory.planned_bytes", refuse)
+        monkeypatch.setattr("peftkit.bench.memory.footprint", refuse)
         grid = grid_of(tree | {"budgets": [4, 8, "all"]}, tmp_path)
         first, other, last = (one for one in cells(grid) if one.method == "full")
         said: list[str] = []
@@ -129,9 +133,11 @@ class TestFootprints:
 
         full, head = cells(grid)
         run = full.final(1, 4e-3).run
-        assert planned_bytes(run) - BASE >= plan(run, alone=True).estimate.peak
+        with_data = plan(run, alone=True).estimate
+        assert footprint(run).parameters == with_data.trace.parameters
+        assert footprint(run).peak - BASE >= with_data.peak
         wide = run.model_copy(update={"training": run.training.model_copy(update={"batch_size": 512})})
-        assert planned_bytes(wide) > planned_bytes(run) > planned_bytes(head.final(1, 1e-2).run)
+        assert footprint(wide).peak > footprint(run).peak > footprint(head.final(1, 1e-2).run).peak
 
 
 class TestProcesses:
@@ -151,9 +157,9 @@ class TestProcesses:
             return 0, ""
 
         monkeypatch.setattr(Worker, "make", finished)
-        monkeypatch.setattr("peftkit.bench.memory.planned_bytes", lambda run: 500 * MIB)
+        monkeypatch.setattr("peftkit.bench.memory.footprint", lambda run: Footprint(500 * MIB))
         said: list[str] = []
-        state = run_cells(list(cells(grid)), Store(folder), Processes(3, memory, said.append), lambda line: None)
+        state = run_cells(list(cells(grid)), Store(folder), Processes(3, said.append, memory), lambda line: None)
         assert {found.state for _, found in state.cells} == {"done"}
         return max(counts), said
 
@@ -251,7 +257,7 @@ class TestCluster:
     def test_tries_are_bounded_and_the_record_says_what_became_of_them(
         self, grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("peftkit.bench.memory.planned_bytes", lambda run: 500)
+        monkeypatch.setattr("peftkit.bench.memory.footprint", lambda run: Footprint(500))
         full, head = cells(grid)
         jobs = [job_of(one, grid, tmp_path) for one in (full.trial(4e-3), full.final(1, 4e-3), head.trial(1e-2))]
         whole = Reply(record=record_of(jobs[1], 0.5).model_dump_json())

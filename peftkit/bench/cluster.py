@@ -46,6 +46,7 @@ def cluster(
 
     Raises:
         UsageError: Ray is not installed, the cluster cannot be joined, or brings memory limits of its own.
+        PeftkitError: Ray does not start.
     """
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--engine ray needs Ray: pip install 'peftkit[ray]'")
@@ -74,9 +75,10 @@ def _connected(ray: Any, address: str | None, workers: int | None, memory: int |
     try:
         try:
             ray.init(**settings)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
-            raise UsageError(f"cannot {where}: {first_line(error)}") from None
+        except Exception as error:  # Ray raises many kinds, plain Exception among them
+            if address:
+                raise UsageError(f"cannot join the Ray cluster at {address}: {first_line(error)}") from None
+            raise PeftkitError(f"Ray does not start on this machine: {first_line(error)}") from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, heeded)  # which Ray has taken
         yield
@@ -132,7 +134,7 @@ class Cluster:
 
     def startable(self, pending: Iterable[Job], running: Sequence[Job]) -> Iterator[Job]:
         """As many as may be under way; Ray waits for a machine that has room."""
-        yield from startable(pending, running, self.workers, math.inf, lambda _: 0)
+        yield from startable(pending, running, self.workers, lambda: math.inf, lambda _: 0)
 
     def work(self, job: Job, store: Store) -> None:
         """Make a run somewhere, unless somebody else has done it meanwhile, and store what came of it."""

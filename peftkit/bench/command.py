@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,11 +85,9 @@ def _engine(options: argparse.Namespace) -> Iterator[Engine]:
         with cluster(options.ray_address, options.workers, memory, say) as engine:
             yield engine
         return
-    from peftkit.bench.memory import this_machine
     from peftkit.bench.processes import Processes, default_workers
 
-    workers = options.workers or default_workers()
-    yield Processes(workers, math.inf if workers == 1 else memory or this_machine().memory, say)
+    yield Processes(options.workers or default_workers(), say, memory)
 
 
 def status(options: argparse.Namespace) -> None:

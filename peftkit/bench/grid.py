@@ -174,8 +174,9 @@ class Cell:
         return validate(Document(f"{self.source} ({self.name})", tree))
 
     @cached_property
-    def _settings(self) -> dict[str, Any]:
-        return settings_of(self._first)
+    def _settings(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Of the first run: section → what of it counts, and that as it is hashed."""
+        return {name: (section, _canonical(section)) for name, section in sorted(settings_of(self._first).items())}
 
     @cached_property
     def _measured(self) -> dict[str, Any]:
@@ -203,14 +204,18 @@ class Cell:
             learning_rate=learning_rate,
         )
         measured = self._measured if phase == "final" else {}
-        return Planned(_hash([self._run_id(run), phase, self.budget, measured]), key, run)
+        return Planned(_hash(_canonical([self._run_id(run), phase, self.budget, measured])), key, run)
 
     def _run_id(self, run: Run) -> str:
         """What `run_id` says, for which only the sections that differ from the first run's are written out anew."""
-        changed = {name for name in self._settings if getattr(run, name) is not getattr(self._first, name)}
-        parts = run.model_dump(mode="json", include=changed)
-        settings = {name: {one: parts[name][one] for one in self._settings[name]} for name in changed}
-        return _hash(self._settings | settings)
+        texts = []
+        for name, (counts, text) in self._settings.items():
+            section = getattr(run, name)
+            if section is not getattr(self._first, name):
+                dumped = section.model_dump(mode="json")
+                text = _canonical({one: dumped[one] for one in counts})
+            texts.append(f'"{name}": {text}')
+        return _hash(f"{{{', '.join(texts)}}}")
 
 
 def cells(grid: Grid, source: str = "grid") -> Iterator[Cell]:
@@ -272,8 +277,12 @@ def check_cells(grid: Grid, source: str) -> list[Cell]:
     return every
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _as_written(section: Section) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +13,7 @@ from peftkit.bench.store import Record
 from peftkit.config import Run
 from peftkit.errors import first_line
 from peftkit.memory import available_bytes
+from peftkit.methods import Full
 
 if TYPE_CHECKING:
     from peftkit.bench.worker import Job
@@ -23,12 +25,19 @@ BASE = 460 * MIB
 held 455 to 458 MiB."""
 MANY_ROWS = 1_000_000
 """Of train, where their number is not known: an epoch of them wears the heap as far as it goes."""
+COPIES = 2
+"""Of the backbone in float32, beside the peak: a final run reads back what it saved, and merges it. Of MiniLM with LoRA
+the process held 1.6 of them more than its training; with full fine-tuning, which merges nothing, none."""
 Cell = tuple[str, str, str, str]
 One = TypeVar("One")
 
 
 def startable(
-    pending: Iterable[One], running: Sequence[One], workers: int, memory: float, need: Callable[[One], float]
+    pending: Iterable[One],
+    running: Sequence[One],
+    workers: int,
+    memory: Callable[[], float],
+    need: Callable[[One], float],
 ) -> Generator[One, None, float | None]:
     """Those of `pending` that may start now, in order. The first that does not fit waits, and those behind it with it,
     so that a large one has its turn; one may always start alone. Returns how much memory would have been needed for
@@ -36,17 +45,31 @@ def startable(
 
     Args:
         memory: bytes for all of them together.
-        need: bytes of one, infinite where they are not known; not asked before two are to run at a time.
+        need: bytes of one, infinite where they are not known. Neither is asked before two are to run at a time.
     """
     beside = list(running)
     for one in pending:
         if len(beside) == workers:
             break
-        if beside and (wanted := sum(map(need, [*beside, one]))) > memory:
+        if beside and (wanted := sum(map(need, [*beside, one]))) > memory():
             return wanted
         beside.append(one)
         yield one
     return None
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What runs of a cell hold."""
+
+    peak: float
+    """Bytes of the process in training."""
+    parameters: int = 0
+
+    def of(self, job: Job) -> float:
+        """Bytes that one of them holds."""
+        merges = job.key.phase == "final" and not isinstance(job.run.method, Full)
+        return self.peak + COPIES * 4 * self.parameters * merges
 
 
 class Footprints:
@@ -55,42 +78,40 @@ class Footprints:
     May be asked by several threads.
     """
 
-    def __init__(self, say: Callable[[str], object], records: Iterable[Record] = ()) -> None:
+    def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
-        self._measured: dict[Cell, int] = {}
-        self._planned: dict[Cell, float] = {}
+        self._measured: dict[Cell, Footprint] = {}
+        self._planned: dict[Cell, Footprint] = {}
         self._lock = threading.Lock()
-        for record in records:
-            self.add(record)
 
     def add(self, record: Record) -> None:
         """Learn from a run that has ended."""
         if record.cost is not None:
-            cell = record.key.cell
-            self._measured[cell] = max(self._measured.get(cell, 0), record.cost.peak_memory_bytes)
+            found = Footprint(record.cost.peak_memory_bytes, record.total_parameters)
+            known = self._measured.get(record.key.cell, found)
+            self._measured[record.key.cell] = max(known, found, key=lambda one: one.peak)
 
     def of(self, job: Job) -> float:
         """Bytes; infinite where neither a plan nor a finished run says how many."""
         cell = job.key.cell
         with self._lock:
-            if cell in self._measured:
-                return self._measured[cell]
-            if cell not in self._planned:
+            if cell not in self._measured and cell not in self._planned:
                 self._planned[cell] = self._plan(job)
-            return self._planned[cell]
+            return (self._measured.get(cell) or self._planned[cell]).of(job)
 
-    def _plan(self, job: Job) -> float:
+    def _plan(self, job: Job) -> Footprint:
         try:
-            return planned_bytes(job.run)
+            return footprint(job.run)
         except Exception as error:  # other libraries' code runs here without values, which may fail in any way
             reason = first_line(error)
         backbone, data, _, method = job.key.cell
-        alike = [size for cell, size in self._measured.items() if (cell[0], cell[3]) == (backbone, method)]
-        instead = (
-            f"{in_mib(max(alike))}, as others of this method held" if alike else "each runs alone until one has ended"
+        alike = [found for cell, found in list(self._measured.items()) if (cell[0], cell[3]) == (backbone, method)]
+        instead = max(alike, default=Footprint(inf), key=lambda one: one.peak)
+        told = (
+            f"{in_mib(instead.peak)}, as others of this method held" if alike else "each runs alone until one has ended"
         )
-        self._say(f"{backbone} × {data} × {method}: the memory of its runs cannot be planned ({reason}): {instead}")
-        return max(alike, default=inf)
+        self._say(f"{backbone} × {data} × {method}: the memory of its runs cannot be planned ({reason}): {told}")
+        return instead
 
 
 @cache
@@ -105,9 +126,8 @@ def this_machine() -> Machine:
     return without_rates("cpu", available_bytes())
 
 
-def planned_bytes(run: Run) -> int:
-    """The peak of a run's process by the trace of `peftkit plan`, every text as long as the task allows: an upper bound
-    that needs no data.
+def footprint(run: Run) -> Footprint:
+    """By the trace of `peftkit plan`, every text as long as the task allows: an upper bound that needs no data.
 
     Raises:
         Exception: what cannot be traced.
@@ -119,9 +139,9 @@ def planned_bytes(run: Run) -> int:
 
     machine, head = this_machine(), head_without_data(run)
     found = estimate(run, head, longest_possible(run, head, MANY_ROWS, 1, "none was read"), machine)
-    return found.peak + (CONTEXT if machine.kind == "gpu" else BASE)
+    return Footprint(found.peak + (CONTEXT if machine.kind == "gpu" else BASE), found.trace.parameters)
 
 
 def in_mib(size: float) -> str:
     """Bytes for people."""
-    return "an unknown amount" if size == inf else f"{size / MIB:,.0f} MiB"
+    return "an unknown part" if size == inf else f"{size / MIB:,.0f} MiB"

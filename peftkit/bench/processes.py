@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from peftkit.bench.memory import Footprints, in_mib, startable
+from peftkit.bench.memory import Footprints, in_mib, startable, this_machine
 from peftkit.bench.store import Record, Store
 from peftkit.bench.worker import Job
 
@@ -70,12 +70,12 @@ class Worker:
 class Processes:
     """The engine `local`."""
 
-    def __init__(self, workers: int, memory: float, say: Callable[[str], object]) -> None:
+    def __init__(self, workers: int, say: Callable[[str], object], memory: float | None = None) -> None:
         """
         Args:
             workers: processes at a time, which share the processor's cores out.
-            memory: bytes that all of them may hold together.
             say: is told once that memory, and not `workers`, decides how many there are.
+            memory: bytes that all of them may hold together; default: what is free when the first has started.
         """
         self.workers = workers
         self._memory, self._say = memory, say
@@ -85,13 +85,16 @@ class Processes:
 
     def startable(self, pending: Iterable[Job], running: Sequence[Job]) -> Iterator[Job]:
         """Those that fit into what memory is left."""
-        wanted = yield from startable(pending, running, self.workers, self._memory, self._footprints.of)
+        wanted = yield from startable(pending, running, self.workers, self._room, self._footprints.of)
         if wanted is not None and not self._has_told:
             self._has_told = True
             self._say(
                 f"memory and not the number of workers decides how many run at a time: with the next they would take "
-                f"{in_mib(wanted)} of {in_mib(self._memory)}; --memory changes that"
+                f"{in_mib(wanted)} of {in_mib(self._room())}; --memory changes that"
             )
+
+    def _room(self) -> float:
+        return this_machine().memory if self._memory is None else self._memory
 
     def work(self, job: Job, store: Store) -> None:
         """Run a worker to its end; of one that died without a word a record says so."""
