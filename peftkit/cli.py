@@ -269,29 +269,9 @@ def _run(arguments: list[str]) -> None:
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser for `peftkit` alone, and that of each verb."""
     commands = (
-        train,
-        launch,
-        audit,
-        validate,
-        evaluate,
-        predict,
-        merge,
-        bundle,
-        card,
-        serve,
-        bench_run,
-        bench_status,
-        bench_report,
-        bench_compare,
-        combine,
-        diff,
-        extract,
-        export,
-        params,
-        plan,
-        advise,
-        fetch,
-        schema,
+        *(train, launch, audit, validate, evaluate, predict, merge, bundle, card, serve),
+        *(bench_run, bench_status, bench_report, bench_compare, advise),
+        *(combine, diff, extract, export, params, plan, fetch, schema),
     )
     named = {command.__name__.replace("_", " "): command for command in commands}
     return parsers(named | {"ls": list_recipes, "cp": copy_config, "env": environment})

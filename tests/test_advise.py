@@ -15,7 +15,6 @@ import pytest
 import yaml
 from conftest import write_jsonl
 
-from peftkit.bench import launch
 from peftkit.bench.advice import candidates, conduct, schedule
 from peftkit.bench.advice.prices import SLACK, Price, Prices, Timed, makespan
 from peftkit.bench.advice.recipe import write_recipe
@@ -33,6 +32,7 @@ from peftkit.bench.advice.schedule import (
     survivors,
 )
 from peftkit.bench.advice.subject import subject_of
+from peftkit.bench.processes import Processes
 from peftkit.bench.store import Answers, Cost, Record, Score, Store
 from peftkit.bench.worker import Job, outcome
 from peftkit.cli import main
@@ -248,7 +248,7 @@ class Made:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Made]:
     one = Made({"full": 0.9, "lora": 0.9, "head": 0.5})
-    monkeypatch.setattr(launch._Processes, "work", lambda self, job, store: one.work(self, job, store))
+    monkeypatch.setattr(Processes, "work", lambda self, job, store: one.work(self, job, store))
     yield one
 
 
@@ -265,7 +265,7 @@ class TestCommandLine:
             done.append(job.id)
             store.add(*outcome(job))
 
-        monkeypatch.setattr(launch._Processes, "work", here)
+        monkeypatch.setattr(Processes, "work", here)
         monkeypatch.setattr(schedule, "MOST_SEEDS", len(SEEDS))
         monkeypatch.setattr(candidates, "rates_to_try", lambda kind, own: USUAL_RATES[kind][:2])
         command = ["advise", str(config), "--budget-minutes", "60", "--method", "full", "--method", "head", "--json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,12 +19,14 @@ import pytest
 import yaml
 from conftest import write_jsonl
 
-from peftkit.bench.grid import Cell, Grid, cells, load_grid
-from peftkit.bench.launch import run_cells, state_of
+from peftkit.bench.cells import Cell, cells, load_grid
+from peftkit.bench.grid import Grid
+from peftkit.bench.launch import job_of, run_cells, state_of
+from peftkit.bench.processes import Processes
 from peftkit.bench.sample import sampled
 from peftkit.bench.store import Answers, Key, Record, Score, Store
 from peftkit.bench.tuning import Progress, progress
-from peftkit.bench.worker import Job, outcome
+from peftkit.bench.worker import outcome
 from peftkit.cli import main
 from peftkit.data.augment import Typos, changed_rows
 from peftkit.data.files import read_file
@@ -33,6 +36,10 @@ from peftkit.errors import ConfigError, UsageError
 
 @pytest.fixture
 def tree(tiny_bert: Path, toy_data: Path) -> dict[str, Any]:
+    return toy_tree(tiny_bert, toy_data)
+
+
+def toy_tree(tiny_bert: Path, toy_data: Path) -> dict[str, Any]:
     """A small grid as YAML holds it."""
     files = {split: str(toy_data / f"sentiment_{split}.jsonl") for split in ("train", "dev", "test")}
     return {
@@ -266,18 +273,6 @@ def test_so_many_rows_of_each_class() -> None:
         sampled(rows, 21, "label", 1)
 
 
-def job_of(planned: Any, grid: Grid, folder: Path) -> Job:
-    return Job(
-        id=planned.id,
-        key=planned.key,
-        run=planned.run,
-        folder=str(folder),
-        probe=grid.probe,
-        robustness=grid.robustness,
-        elsewhere=grid.data[planned.key.data].elsewhere,
-    )
-
-
 class TestOutcome:
     def test_a_final_run_is_the_same_run_on_its_own(self, tree: dict[str, Any], tmp_path: Path) -> None:
         from peftkit.artifacts.predict import evaluate_rows
@@ -445,9 +440,10 @@ class TestLaunch:
             PIPE = subprocess.PIPE
 
         grid = grid_of(tree, tmp_path)
-        monkeypatch.setattr("peftkit.bench.launch.subprocess", Patched)
+        monkeypatch.setattr("peftkit.bench.processes.subprocess", Patched)
         said: list[str] = []
-        state = run_cells(list(cells(grid)), Store(tmp_path / "results"), 2, said.append)
+        engine = Processes(2, said.append, math.inf)
+        state = run_cells(list(cells(grid)), Store(tmp_path / "results"), engine, said.append)
         assert {found.state for _, found in state.cells} == {"stuck"}
         errors = {str(record.error) for record in state.records.values()}
         assert errors == {"the process was killed by SIGKILL, as the system does where memory is short"}
@@ -500,7 +496,7 @@ class TestCommandLine:
 
 def test_the_shipped_grids_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Their files need not be here; everything else about them is checked."""
-    import peftkit.bench.grid as module
+    import peftkit.bench.cells as module
 
     monkeypatch.setattr(module, "missing_files", lambda data: [])
     grids = sorted((Path(__file__).parents[1] / "benchmarks" / "grids").glob("*.yaml"))

@@ -10,11 +10,13 @@ import pytest
 import yaml
 from conftest import write_jsonl
 
-from peftkit.bench.grid import Cell, Grid, cells, load_grid, planned_cells
+from peftkit.bench.cells import Cell, cells, load_grid, planned_cells
+from peftkit.bench.grid import Grid
+from peftkit.bench.launch import job_of
 from peftkit.bench.report import report
 from peftkit.bench.store import Answers, Record, Store
 from peftkit.bench.tuning import progress
-from peftkit.bench.worker import Job, outcome
+from peftkit.bench.worker import outcome
 from peftkit.errors import ConfigError
 from peftkit.planning.survey import survey
 
@@ -71,17 +73,6 @@ def problems_of(tree: dict[str, Any], folder: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         grid_of(tree, folder)
     return str(caught.value)
-
-
-def job_of(planned: Any, grid: Grid, folder: Path) -> Job:
-    return Job(
-        id=planned.id,
-        key=planned.key,
-        run=planned.run,
-        folder=str(folder),
-        probe=grid.probe,
-        robustness=grid.robustness,
-    )
 
 
 def done(cell: Cell, seed: int, rate: float | None, folder: Path) -> tuple[Record, Answers]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,26 @@ from peftkit.console import positive, say
 from peftkit.errors import PeftkitError, UsageError
 
 if TYPE_CHECKING:
-    from peftkit.bench.grid import Cell, Grid
-    from peftkit.bench.launch import State
+    from peftkit.bench.cells import Cell
+    from peftkit.bench.grid import Grid
+    from peftkit.bench.launch import Engine, State
     from peftkit.bench.tuning import Progress
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_status_options(parser)
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where runs take place")
     parser.add_argument("--workers", type=positive, metavar="N", help="runs at a time (default: one for each core)")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what all runs of this machine may take together, such as 24GiB (default: what is free)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a Ray cluster to join (default: RAY_ADDRESS, or one of this machine)",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="make at most N runs now")
     parser.add_argument("--retry-failed", action="store_true", help="run again what failed or ran out of memory")
 
@@ -40,24 +54,42 @@ def run(options: argparse.Namespace) -> None:
         PeftkitError: runs failed.
     """
     grid, chosen = _chosen(options)
-    from peftkit.bench.grid import planned_cells
-    from peftkit.bench.launch import default_workers, run_cells
+    from peftkit.bench.cells import planned_cells
+    from peftkit.bench.launch import run_cells
     from peftkit.bench.store import Store
 
+    if options.ray_address and options.engine != "ray":
+        raise UsageError("--ray-address goes with --engine ray")
     store = Store(_folder(grid, options))
-    store.plan(planned_cells(grid))
-    if options.retry_failed:
+    with _engine(options) as engine:
+        store.plan(planned_cells(grid))
         for record in list(store.records()):
-            if record.status != "finished":
+            if options.retry_failed and record.status != "finished":
                 store.remove(record.id)
-    _tell_damaged(store.damaged)
-    _tell_matched(chosen)
-    state = run_cells(chosen, store, options.workers or default_workers(), say, options.limit)
+        _tell_damaged(store.damaged)
+        _tell_matched(chosen)
+        state = run_cells(chosen, store, engine, say, options.limit)
     _tell(state, store.folder, options.json)
     failed = [record for record in state.records.values() if record.status != "finished"]
     if failed:
         first = failed[0]
         raise PeftkitError(f"{len(failed)} runs failed, first {first.id}: {first.error}; see {store.folder}/runs")
+
+
+@contextmanager
+def _engine(options: argparse.Namespace) -> Iterator[Engine]:
+    from peftkit.planning.machines import memory_size
+
+    memory = memory_size(options.memory) if options.memory else None
+    if options.engine == "ray":
+        from peftkit.bench.cluster import cluster
+
+        with cluster(options.ray_address, options.workers, memory, say) as engine:
+            yield engine
+        return
+    from peftkit.bench.processes import Processes, default_workers
+
+    yield Processes(options.workers or default_workers(), say, memory)
 
 
 def status(options: argparse.Namespace) -> None:
@@ -75,16 +107,16 @@ def status(options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Grid, list[Cell]]:
-    from peftkit.bench.grid import cells, load_grid
+    from peftkit.bench.cells import load_cells
     from peftkit.schema import did_you_mean
 
-    grid = load_grid(options.grid, options.overrides)
+    grid, cells = load_cells(options.grid, options.overrides)
     for name, asked, known in (("data", options.data, grid.data), ("method", options.method, grid.methods)):
         if foreign := [one for one in asked if one not in known]:
             raise UsageError(f"--{name} {foreign[0]}: not in {options.grid}{did_you_mean(foreign[0], known)}")
     return grid, [
         cell
-        for cell in cells(grid, str(options.grid))
+        for cell in cells
         if cell.data in (options.data or grid.data) and cell.method in (options.method or grid.methods)
     ]
 

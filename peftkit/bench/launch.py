@@ -1,28 +1,21 @@
-"""Runs what is left of a grid in processes of this machine, several at once, and can be stopped at any time."""
+"""Runs what is left of a grid, several at once, and can be stopped at any time."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
 
-from peftkit.bench.grid import Cell, Grid, Planned
+from peftkit.bench.cells import Cell, Planned
+from peftkit.bench.grid import Grid
 from peftkit.bench.store import Record, Store
 from peftkit.bench.tuning import Progress, progress
 from peftkit.bench.worker import Job
 from peftkit.errors import PeftkitError
-
-TRIES = 2
-"""Of a run whose process a signal killed; what fails by itself fails again."""
-TOLD = 2000
-"""Characters of what a process that died wrote last."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,36 @@ class State:
         """What can be run now, in the order of the grid."""
         return [run for _, found in self.cells for run in found.runs]
 
+    def after(self, record: Record) -> State:
+        """How far it is with one more record. Only the cell that was waiting for it is looked at again."""
+        self.records[record.id] = record
+        waited = (
+            place for place, (_, found) in enumerate(self.cells) if any(one.id == record.id for one in found.runs)
+        )
+        place = next(waited)
+        cell = self.cells[place][0]
+        changed = (cell, progress(cell, self.records))
+        return State((*self.cells[:place], changed, *self.cells[place + 1 :]), self.records)
+
+
+class Engine(Protocol):
+    """Where runs take place."""
+
+    workers: int
+    """The most runs at a time."""
+
+    def startable(self, pending: Iterable[Job], running: Sequence[Job]) -> Iterator[Job]:
+        """Those of `pending` that may start beside those running."""
+
+    def work(self, job: Job, store: Store) -> None:
+        """Make a run to its end, whatever that is; the store then holds its record, unless it was ended by `end`."""
+
+    def learn(self, record: Record) -> None:
+        """Take note of what a run took."""
+
+    def end(self) -> None:
+        """End all that is running; what was not finished is run again next time."""
+
 
 def state_of(cells: Sequence[Cell], records: dict[str, Record]) -> State:
     """What the records say of each cell."""
@@ -44,30 +67,27 @@ def state_of(cells: Sequence[Cell], records: dict[str, Record]) -> State:
 
 
 def run_cells(
-    cells: Sequence[Cell], store: Store, workers: int, say: Callable[[str], object], limit: int | None = None
+    cells: Sequence[Cell], store: Store, engine: Engine, say: Callable[[str], object], limit: int | None = None
 ) -> State:
-    """Run until every cell is done or stuck, or `limit` runs were made; each result is kept as soon as it is there.
-
-    Args:
-        workers: processes at a time, which share the processor's cores out.
-    """
+    """Run until every cell is done or stuck, or `limit` runs were made; each result is kept as soon as it is there."""
     records = {record.id: record for record in store.records()}
+    for record in records.values():
+        engine.learn(record)
     state = state_of(cells, records)
 
     def told(record: Record, _: float) -> None:
         nonlocal state
-        state = state_of(cells, records)
+        state = state.after(record)
         say(_line(record, state))
 
-    run_jobs(lambda: [_job(one, cells[0].grid, store) for one in state.pending], records, store, workers, told, limit)
+    run_jobs(lambda: (job_of(one, cells[0].grid, store.folder) for one in state.pending), store, engine, told, limit)
     return state
 
 
 def run_jobs(
-    pending: Callable[[], Sequence[Job]],
-    records: dict[str, Record],
+    pending: Callable[[], Iterable[Job]],
     store: Store,
-    workers: int,
+    engine: Engine,
     told: Callable[[Record, float], object],
     limit: int | None = None,
     deadline: float | None = None,
@@ -76,37 +96,35 @@ def run_jobs(
 
     Args:
         pending: tells what can be run now, in order; what is running may be among it.
-        records: what is there; each new record is added before it is told.
         told: is given each new record and the seconds that its run took.
         deadline: as `time.monotonic` counts; what is running then is ended, and nothing of it is kept.
     """
     running: dict[Future[None], tuple[Job, float]] = {}
     started = 0
-    processes = _Processes(workers)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(engine.workers) as pool:
         try:
             while True:
                 busy = {one.id for one, _ in running.values()}
-                for job in pending():
-                    if len(running) == workers or (limit is not None and started == limit):
-                        break
-                    if job.id not in busy:
-                        running[pool.submit(processes.work, job, store)] = (job, time.monotonic())
-                        started += 1
+                waiting = (one for one in pending() if one.id not in busy)
+                left = None if limit is None else limit - started
+                for job in islice(engine.startable(waiting, [one for one, _ in running.values()]), left):
+                    running[pool.submit(engine.work, job, store)] = (job, time.monotonic())
+                    started += 1
                 if not running:
                     return
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                done, _ = wait(running, left, return_when=FIRST_COMPLETED)
+                seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+                done, _ = wait(running, seconds, return_when=FIRST_COMPLETED)
                 if not done:
-                    processes.end()
+                    engine.end()
                     return
                 for future in done:
                     job, began = running.pop(future)
                     future.result()
-                    records[job.id] = _found(job, store)
-                    told(records[job.id], time.monotonic() - began)
+                    record = _found(job, store)
+                    engine.learn(record)
+                    told(record, time.monotonic() - began)
         except BaseException:
-            processes.end()
+            engine.end()
             raise
 
 
@@ -127,79 +145,18 @@ def _line(record: Record, state: State) -> str:
     return f"{which} {key.phase} seed {key.seed}{rate}: {record.status}, {value}{seconds}; {left} can be run next"
 
 
-def _job(planned: Planned, grid: Grid, store: Store) -> Job:
+def job_of(planned: Planned, grid: Grid, folder: Path) -> Job:
+    """What a worker is to do for a run of a grid.
+
+    Args:
+        folder: of the results.
+    """
     return Job(
         id=planned.id,
         key=planned.key,
         run=planned.run,
-        folder=str(store.folder),
+        folder=str(folder),
         probe=grid.probe,
         robustness=grid.robustness,
         elsewhere=grid.data[planned.key.data].elsewhere,
     )
-
-
-class _Processes:
-    """The workers that are running."""
-
-    def __init__(self, workers: int) -> None:
-        self._threads = max(1, (os.cpu_count() or 1) // workers)
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._ending = False
-
-    def work(self, job: Job, store: Store) -> None:
-        """Run a worker to its end; of one that died without a word a record says so."""
-        told = ""
-        for _ in range(TRIES):
-            code, told = self._ended(job)
-            if self._ending or code == 0:
-                return
-            if code > 0:
-                break
-        store.add(_died(job, told))
-
-    def _ended(self, job: Job) -> tuple[int, str]:
-        """(exit code, what went wrong) of a worker."""
-        environment = os.environ | {name: str(self._threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        with tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "peftkit.bench.worker"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the launcher, which ends its workers itself
-            )
-            self._running.add(process)
-            if self._ending:  # `end` came between, and did not see it
-                process.kill()
-            process.communicate(job.model_dump_json().encode())
-            self._running.discard(process)
-            code = process.returncode
-            if code >= 0:
-                log.seek(0)
-                lines = log.read().decode(errors="replace").strip()[-TOLD:]
-                return code, f"the process ended with {code}: {lines}"
-            name = signal.Signals(-code).name
-            hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
-            return code, f"the process was killed by {name}{hint}"
-
-    def end(self) -> None:
-        """End all of them; what they had not finished is run again next time."""
-        self._ending = True
-        for process in list(self._running):
-            process.kill()
-
-
-def _died(job: Job, told: str) -> Record:
-    from peftkit.bench.source import source_sha256
-    from peftkit.environment import versions
-
-    known: dict[str, Any] = {"id": job.id, "key": job.key, "run": job.run.model_dump(mode="json")}
-    environment = {"versions": versions()}
-    return Record(**known, status="failed", error=told, code=source_sha256(), environment=environment)
-
-
-def default_workers() -> int:
-    """One for each core: runs are independent, and a small model does not keep two cores busy."""
-    return os.cpu_count() or 1

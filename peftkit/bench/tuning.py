@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from peftkit.bench.grid import Cell, Planned
+from peftkit.bench.cells import Cell, Planned
 from peftkit.bench.rates import best_rate
 from peftkit.bench.store import Record
 

@@ -9,7 +9,7 @@ from peftkit.config import Run
 from peftkit.errors import first_line
 from peftkit.memory import available_bytes
 from peftkit.planning.estimate import estimate, in_gib
-from peftkit.planning.machines import LAUNCH, Machine
+from peftkit.planning.machines import Machine, without_rates
 from peftkit.planning.plan import weigher
 from peftkit.planning.workload import from_data
 from peftkit.prepare import Prepared
@@ -66,19 +66,9 @@ def _sharding(accelerator: Any) -> str:
 
 
 def _device(accelerator: Any) -> Machine:
-    """Where the run takes place, without rates: time is not asked for."""
+    """Where the run takes place."""
     import torch
 
     on_gpu = accelerator.device.type == "cuda"
     free = int(torch.cuda.mem_get_info()[0]) if on_gpu else available_bytes()
-    return Machine(
-        name=accelerator.device.type,
-        kind="gpu" if on_gpu else "cpu",
-        memory=free,
-        count=accelerator.num_processes,
-        rates={"float32": 1e12},
-        bandwidth=1e10,
-        random=1e9,
-        launch=LAUNCH,
-        source="",
-    )
+    return without_rates("gpu" if on_gpu else "cpu", free, accelerator.num_processes)

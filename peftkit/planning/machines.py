@@ -97,6 +97,21 @@ class Machine:
         return self.launch + scale * (max(one.flops / rate, one.bytes / self.bandwidth) + one.random / self.random)
 
 
+def without_rates(kind: str, memory: int, count: int = 1) -> Machine:
+    """A machine of which only memory is asked, not time."""
+    return Machine(
+        name=kind,
+        kind=kind,
+        memory=memory,
+        count=count,
+        rates={"float32": 1e12},
+        bandwidth=1e10,
+        random=1e9,
+        launch=LAUNCH,
+        source="",
+    )
+
+
 def gpus(text: str) -> Machine:
     """`4xA100-80GB` or `T4` as a machine, by its datasheet.
 

@@ -79,7 +79,7 @@ class Planner:
 
     def estimate(self, run: Run, sharding: str) -> Estimate:
         """What a variant of the run comes to."""
-        head = self.data.head if self.data else _head_without_data(run)
+        head = self.data.head if self.data else head_without_data(run)
         return estimate(run, head, self._work(run, head), self.machine, sharding, self.limit)
 
     def if_possible(self, run: Run, sharding: str) -> Estimate | None:
@@ -177,7 +177,7 @@ def _data(run: Run) -> tuple[Prepared | None, str]:
         return None, first_line(error)
 
 
-def _head_without_data(run: Run) -> Head:
+def head_without_data(run: Run) -> Head:
     """The task's head; of tasks whose labels only the data know, with those that the configuration names, or two."""
     try:
         return run.task.head(Rows("no data", [], range(0)))

@@ -91,7 +91,7 @@ def advise(options: argparse.Namespace) -> None:
 def _workers() -> int:
     import torch
 
-    from peftkit.bench.launch import default_workers
+    from peftkit.bench.processes import default_workers
 
     return 1 if torch.cuda.is_available() else min(default_workers(), MOST_WORKERS)
 

@@ -25,6 +25,7 @@ from peftkit.bench.advice.schedule import (
 )
 from peftkit.bench.advice.subject import Subject
 from peftkit.bench.launch import run_jobs
+from peftkit.bench.processes import Processes
 from peftkit.bench.store import Record, Store
 from peftkit.bench.worker import Job
 from peftkit.disk import write_text
@@ -88,9 +89,12 @@ class Conduct:
             UsageError: the time is too short for any comparison; says how much would do.
             PeftkitError: no run came to a good end, or a result could not be kept.
         """
+        engine = Processes(self.workers, self.say)
+        for record in self.records.values():
+            engine.learn(record)
         deadline = time.monotonic() + self.left
         try:
-            run_jobs(self._pending, self.records, self.store, self.workers, self._told, deadline=deadline)
+            run_jobs(self._pending, self.store, engine, self._told, deadline=deadline)
         finally:
             self._keep()
         if not self.state.rungs:
@@ -194,6 +198,7 @@ class Conduct:
                 yield Timed(trial.arm.method, cost.steps, seconds, cost.seconds, cost.evaluation_seconds or 0.0)
 
     def _told(self, record: Record, seconds: float) -> None:
+        self.records[record.id] = record
         self._keep(seconds=self.state.seconds | {record.id: seconds})
         key, steps = record.key, record.run["training"]["max_steps"]
         score = f"dev {record.dev.headline} {record.dev.value:.4f}" if record.dev else f"{failure(record)}"

@@ -1,0 +1,132 @@
+"""Runs in processes of this machine, as many at a time as its cores and its memory allow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from peftkit.bench.memory import Footprints, in_mib, startable, this_machine
+from peftkit.bench.store import Record, Store
+from peftkit.bench.worker import Job
+
+TRIES = 2
+"""Of a run whose process a signal killed; what fails by itself fails again."""
+TOLD = 2000
+"""Characters of what a process that died wrote last."""
+
+
+class Worker:
+    """Makes runs in processes of their own, and can end them all."""
+
+    def __init__(self, module: Sequence[str], threads: int) -> None:
+        """
+        Args:
+            module: that does a job, and arguments for it.
+            threads: that torch uses in each.
+        """
+        self._command = [sys.executable, "-m", *module]
+        self._threads = threads
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self.ending = False
+
+    def make(self, job: Job) -> tuple[int, str]:
+        """(exit code, what went wrong) of a process that makes the run."""
+        environment = os.environ | {name: str(self._threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the launcher, which ends its workers itself
+            )
+            self._running.add(process)
+            if self.ending:
+                process.kill()
+            process.communicate(job.model_dump_json().encode())
+            self._running.discard(process)
+            code = process.returncode
+            if code >= 0:
+                log.seek(0)
+                lines = log.read().decode(errors="replace").strip()[-TOLD:]
+                return code, f"the process ended with {code}: {lines}"
+            name = signal.Signals(-code).name
+            hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
+            return code, f"the process was killed by {name}{hint}"
+
+    def end(self) -> None:
+        """End all of them; what they had not finished is run again next time."""
+        self.ending = True
+        for process in list(self._running):
+            process.kill()
+
+
+class Processes:
+    """The engine `local`."""
+
+    def __init__(self, workers: int, say: Callable[[str], object], memory: float | None = None) -> None:
+        """
+        Args:
+            workers: processes at a time, which share the processor's cores out.
+            say: is told once that memory, and not `workers`, decides how many there are.
+            memory: bytes that all of them may hold together; default: what is free when the first has started.
+        """
+        self.workers = workers
+        self._memory, self._say = memory, say
+        self._footprints = Footprints(say)
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        self._worker = Worker(["peftkit.bench.tethered", str(os.getpid())], threads)
+        self._has_told = False
+
+    def startable(self, pending: Iterable[Job], running: Sequence[Job]) -> Iterator[Job]:
+        """Those that fit into what memory is left."""
+        wanted = yield from startable(pending, running, self.workers, self._room, self._footprints.of)
+        if wanted is not None and not self._has_told:
+            self._has_told = True
+            self._say(
+                f"memory and not the number of workers decides how many run at a time: with the next they would take "
+                f"{in_mib(wanted)} of {in_mib(self._room())}; --memory changes that"
+            )
+
+    def _room(self) -> float:
+        return this_machine().memory if self._memory is None else self._memory
+
+    def work(self, job: Job, store: Store) -> None:
+        """Run a worker to its end; of one that died without a word a record says so."""
+        told = ""
+        for _ in range(TRIES):
+            code, told = self._worker.make(job)
+            if self._worker.ending or code == 0:
+                return
+            if code > 0:
+                break
+        store.add(died(job, told))
+
+    def learn(self, record: Record) -> None:
+        """From what a run held, how much others of its cell will."""
+        self._footprints.add(record)
+
+    def end(self) -> None:
+        """Kill all of them."""
+        self._worker.end()
+
+
+def died(job: Job, told: str) -> Record:
+    """The record of a run whose process ended without one."""
+    from peftkit.bench.source import source_sha256
+    from peftkit.environment import versions
+
+    known: dict[str, Any] = {"id": job.id, "key": job.key, "run": job.run.model_dump(mode="json")}
+    environment = {"versions": versions()}
+    return Record(**known, status="failed", error=told, code=source_sha256(), environment=environment)
+
+
+def default_workers() -> int:
+    """One for each core: runs are independent, and a small model does not keep two cores busy."""
+    return os.cpu_count() or 1
