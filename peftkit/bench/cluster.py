@@ -25,7 +25,11 @@ from peftkit.bench.worker import Job
 from peftkit.errors import PeftkitError, UsageError, first_line
 
 ADDRESS = "RAY_ADDRESS"
-USAGE = "RAY_USAGE_STATS_ENABLED"
+LIKE_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's authors
+    "RAY_worker_niceness": "0",  # else 15, and beside other work a run would take longer than in a plain process
+}
+"""Of a cluster that is started here, unless the environment says otherwise."""
 OBJECTS = 128 * 2**20
 """Bytes of a local cluster's object store; a result takes some KiB, with its answers seldom more than a MiB."""
 LOST = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ObjectLostError")
@@ -64,7 +68,8 @@ def cluster(
 
 @contextmanager
 def _connected(ray: Any, address: str | None, workers: int | None, memory: int | None) -> Iterator[None]:
-    os.environ.setdefault(USAGE, "0")  # nothing is sent to Ray's authors unasked
+    for name, value in LIKE_LOCAL.items():
+        os.environ.setdefault(name, value)
     heeded = signal.getsignal(signal.SIGTERM)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
