@@ -272,6 +272,8 @@ class TestLanguageModelProbe:
         alone = next(cells(grid_of(tree | {"probe": features}, tmp_path)))
         both = next(cells(grid_of(tree | {"probe": [probe, features]}, tmp_path)))
         assert both.final(1, 4e-3).id == alone.final(1, 4e-3).id  # and so with the results of either grid
+        job = job_of(both.final(1, 4e-3), both.grid, tmp_path)
+        assert Job.model_validate_json(job.model_dump_json()) == job
         forgotten = done(both, 1, 4e-3, tmp_path)[0].forgetting  # a decoder has features of a text too
         assert forgotten is not None
         assert forgotten.probe == "topics"

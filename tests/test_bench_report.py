@@ -240,6 +240,23 @@ class TestKnownAnswers:
         (costs,) = [row for row in of_row(page, "lora") if "1e-3" in row]
         assert costs[1:8] == ["1e-3", "300,000", "770", "1.5 %", "1.14 MiB", "53.0 s", "8,000"]
 
+    def test_what_a_method_was_brought_to(self, tmp_path: Path) -> None:
+        runs = []
+        for record, answers in replace(MADE, methods=[TRUE[0], TRUE[2]], seeds=(1, 2), examples=20).runs():
+            if record.key.method == "lora":
+                run = {"method": {"kind": "lora", "rank": 7}}
+                key = record.key.model_copy(update={"parameters": 250_000})
+                record = record.model_copy(update={"key": key, "run": run})
+            runs.append((record, answers))
+        write(tmp_path / "in", runs)
+        report(tmp_path / "in", tmp_path / "out")
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        (costs,) = [row for row in of_row(page, "lora") if "1e-3" in row]
+        # 300,000 that train, of which 770 are the head's, are 299,230
+        assert costs[2:5] == ["300,000", "250,000 +20 %; rank=7", "770"]
+        found = {name: cell(tmp_path / "out", name)["matched_to_parameters"] for name in ("full", "lora")}
+        assert found == {"full": "", "lora": "250000"}
+
 
 class TestThePage:
     def test_it_is_well_formed_and_needs_nothing_else(self, out: Path) -> None:
@@ -478,6 +495,29 @@ class TestOtherScores:
         assert float(row["full_p"]) == pytest.approx(ttest_rel(values["lora"], values["full"]).pvalue)
         assert float(row["full_margin"]) == pytest.approx(0.01 * np.mean(values["full"]))
         assert "bleu is no ratio of sums over examples" in (tmp_path / "out" / "report.md").read_text()
+
+    def test_what_every_seed_gives_alike_has_no_interval(self, tmp_path: Path) -> None:
+        values = {"full": [0.81, 0.95, 0.92], "better": [0.5] * 3, "lora": [0.4] * 3}
+        runs = []
+        for record, _ in replace(MADE, methods=TRUE[:3], seeds=(1, 2, 3), examples=20).runs():
+            if record.key.phase == "final":
+                score = Score(headline="bleu", value=values[record.key.method][record.key.seed - 1])
+                changes = {"test": score, "majority": None, "untuned": None, "merged": None}
+                runs.append((record.model_copy(update=changes), Answers(predictions=("a",))))
+        write(tmp_path / "in", runs)
+        report(tmp_path / "in", tmp_path / "out")
+        from scipy.stats import t, ttest_1samp
+
+        row, other = (cell(tmp_path / "out", name) for name in ("better", "lora"))
+        assert (row["mean"], row["low"], row["lora_p"]) == ("0.5", "", "")
+        assert set(row["group"]) & set(other["group"])  # 0.5 and 0.4, and nothing that tells chance
+        apart = ttest_1samp(values["full"], 0.5)
+        assert float(row["full_p"]) == pytest.approx(apart.pvalue)
+        half = t.ppf(0.975, 2) * np.std(values["full"], ddof=1) / np.sqrt(3)
+        assert float(row["full_low"]) == pytest.approx(0.5 - np.mean(values["full"]) - half)
+        page = (tmp_path / "out" / "report.md").read_text()
+        assert "better, lora: every seed gives the same bleu, so there is no interval" in page
+        assert "| 0.5 |" in page  # of a hundred, and no share
 
     def test_a_lower_perplexity_is_better(self, tmp_path: Path) -> None:
         random, runs = np.random.default_rng(0), []
