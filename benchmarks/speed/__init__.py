@@ -27,6 +27,8 @@ batch, the steps, LoRA's rank and dropout, how many rows are read, and what is e
 
 The stock arms also take a GPU where there is one; none of this was ever run on one.
 
-Tokens are real ones, without padding. Times are of the steps alone: no loading, no evaluation. Memory is the peak of
-the process (VmHWM) over what was resident before the backbone was loaded, with torch and transformers imported.
+Tokens are real ones, without padding. Times are of the steps alone: no loading, no evaluation, and not the first step,
+which sets things up; it is kept beside the others. Memory is the peak of the process (VmHWM) over what was resident
+before the backbone was loaded; stock arms have imported all libraries by then, and peftkit imports peft and its metrics
+later, which counts as its memory.
 """

@@ -57,14 +57,20 @@ class Results:
         write_text(self.file, json.dumps(self.kept, indent=1) + "\n")
 
 
+def steady_rate(figures: dict[str, Any]) -> float:
+    """Real tokens a second, without the first step, which sets things up."""
+    first = 1 if len(figures["step_seconds"]) > 1 else 0
+    return float(sum(figures["step_tokens"][first:]) / sum(figures["step_seconds"][first:]))
+
+
 def medians(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Of each arm: `tokens_per_second`, `step_seconds`, `growth_bytes`, `peak_bytes`, over rounds, and `rounds`."""
     found = {}
     for arm, rounds in kept.get("arms", {}).items():
         taken = list(rounds.values())
         found[arm] = {
-            "tokens_per_second": median(one["tokens"] / one["seconds"] for one in taken),
-            "step_seconds": median(median(one["step_seconds"]) for one in taken),
+            "tokens_per_second": median(map(steady_rate, taken)),
+            "step_seconds": median(median(one["step_seconds"][1:] or one["step_seconds"]) for one in taken),
             "growth_bytes": median(one["growth_bytes"] for one in taken),
             "peak_bytes": median(one["peak_bytes"] for one in taken),
             "rounds": len(taken),

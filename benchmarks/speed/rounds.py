@@ -14,7 +14,7 @@ from benchmarks.speed.arms import Arm, arms_of, in_turn
 from benchmarks.speed.floor import BYTES, floor
 from benchmarks.speed.plan import Plan, is_made, read_plan
 from benchmarks.speed.processes import answer, lacks
-from benchmarks.speed.results import Results
+from benchmarks.speed.results import Results, steady_rate
 from benchmarks.speed.stock import PACKAGES
 from benchmarks.speed.workloads import Workload
 from peftkit.environment import describe
@@ -39,10 +39,11 @@ class Rounds:
         Raises:
             JobError: an arm of peftkit failed, or computed other tokens than planned; what is done is kept.
         """
-        arms = [one for one in arms_of(self.workload) if not names or one.name in names]
-        if not arms:
-            known = "; ".join(one.name for one in arms_of(self.workload))
-            raise UsageError(f"--arms: none of these is an arm of {self.workload.name}; there are: {known}")
+        known = arms_of(self.workload)
+        if unknown := [name for name in names if name not in {one.name for one in known}]:
+            listed = "; ".join(one.name for one in known)
+            raise UsageError(f"--arms: '{unknown[0]}' is no arm of {self.workload.name}; there are: {listed}")
+        arms = [one for one in known if not names or one.name in names]
         self.results.set("environment", describe())
         for number in range(rounds):
             self._rates(number)
@@ -53,23 +54,30 @@ class Rounds:
 
     def _take(self, arm: Arm, number: int) -> None:
         plan = self._plan("full" if arm.method == "full" else "lora")
-        if arm.tool == "peftkit":
-            figures = peftkit_arm.train(self.workload.file, self._settings(arm))
-            rates = figures.pop("mean_tokens_per_second")
-            figures["step_seconds"] = peftkit_arm.step_seconds(rates, plan.tokens)
-        elif why := lacks(self.pythons[arm.tool], PACKAGES[arm.tool]):
+        if arm.tool != "peftkit" and (why := lacks(self.pythons[arm.tool], PACKAGES[arm.tool])):
             return self._miss(arm, why)
-        else:
-            try:
-                figures = self._stock(arm)
-            except JobError as error:
-                return self._miss(arm, str(error))
+        try:
+            figures = self._trained(arm, plan)
+        except JobError as error:
+            if arm.tool == "peftkit":
+                raise
+            return self._miss(arm, str(error))
         if figures["tokens"] != sum(plan.tokens):
             raise JobError(f"{arm.name} saw {figures['tokens']:,} tokens, and {sum(plan.tokens):,} are planned")
         self.results.put(arm.name, number, figures)
-        rate, size = figures["tokens"] / figures["seconds"], figures["growth_bytes"] / 2**20
-        tell(f"round {number + 1}: {arm.name}: {rate:,.0f} tokens/s, {size:,.0f} MiB")
+        size = figures["growth_bytes"] / 2**20
+        tell(f"round {number + 1}: {arm.name}: {steady_rate(figures):,.0f} tokens/s, {size:,.0f} MiB")
         return None
+
+    def _trained(self, arm: Arm, plan: Plan) -> dict[str, Any]:
+        """The figures of an arm, from a process of its own."""
+        if arm.tool == "peftkit":
+            figures = peftkit_arm.train(self.workload.file, self._settings(arm))
+            times = peftkit_arm.step_seconds(figures.pop("mean_tokens_per_second"), plan.tokens)
+            return figures | {"step_seconds": times, "step_tokens": plan.tokens}
+        attention = self._attention() if arm.is_tuned else None
+        asked = {"plan": str(self._folder(arm.method)), "tool": arm.tool, "is_tuned": arm.is_tuned}
+        return answer("stock", asked | {"attention": attention}, self.pythons[arm.tool])
 
     def _miss(self, arm: Arm, why: str) -> None:
         self.results.miss(arm.name, why)
@@ -79,11 +87,6 @@ class Rounds:
         settings = self.workload.settings(arm.method, self.steps, self.work)
         kept = [one for one in settings if one.partition("=")[0] not in arm.dropped]
         return [*kept, *arm.overrides]
-
-    def _stock(self, arm: Arm) -> dict[str, Any]:
-        attention = self._attention() if arm.is_tuned else None
-        asked = {"plan": str(self._folder(arm.method)), "tool": arm.tool, "is_tuned": arm.is_tuned}
-        return answer("stock", asked | {"attention": attention}, self.pythons[arm.tool])
 
     def _attention(self) -> str:
         """What the tuned arms attend with: tried once, and kept."""

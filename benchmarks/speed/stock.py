@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from benchmarks.speed.plan import ADAPTER, HEADS, Plan, read_plan
 from peftkit.data.collate import collate
+from peftkit.errors import JobError
 from peftkit.memory import peak_resident_bytes, reset_peak, resident_bytes
 
 PACKAGES = {"trainer": ("peft",), "trl": ("trl", "peft"), "adapters": ("adapters",)}
@@ -29,12 +31,13 @@ SCHEDULES = {"constant": "constant_with_warmup"}
 
 
 class Clock:
-    """When each step ended, and its loss."""
+    """When each step ended, its loss, and the real tokens that it saw."""
 
     def __init__(self) -> None:
         self.started: float | None = None
         self.ended: list[float] = []
         self.losses: list[float] = []
+        self.tokens: list[int] = []
 
     @property
     def step_seconds(self) -> list[float]:
@@ -59,9 +62,14 @@ def train(
         is_bfloat16: weights and autocast; default: where it is tuned.
     """
     import torch
-    import transformers  # noqa: F401 - what is resident before the backbone loads has it
+    import transformers
 
     plan, clock = read_plan(folder), Clock()
+    # what is resident before the backbone loads has all libraries in it
+    for name in PACKAGES[tool]:
+        import_module(name)
+    assert transformers.Trainer
+    assert getattr(transformers, plan.model_class)
     reset_peak()
     before = resident_bytes()
     half = is_tuned if is_bfloat16 is None else is_bfloat16
@@ -71,9 +79,13 @@ def train(
     with tempfile.TemporaryDirectory() as output:
         trainer_of(plan, model, tool, is_tuned, half, output, clock).train()
     peak = peak_resident_bytes()
+    if plan.method == "lora" and not any(
+        "lora_B" in name and bool(one.any()) for name, one in model.named_parameters()
+    ):
+        raise JobError(f"{tool}: B is zero in every layer, as it was before: LoRA was not trained")
     figures = {
-        "tokens": sum(plan.tokens),
-        "seconds": sum(clock.step_seconds),
+        "tokens": sum(clock.tokens),
+        "step_tokens": clock.tokens,
         "step_seconds": clock.step_seconds,
         "losses": clock.losses,
         "peak_bytes": peak,
@@ -196,8 +208,9 @@ def _measured(base: Any, clock: Clock, is_free: bool) -> Any:
 
             return SequentialSampler(self.train_dataset)
 
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().compute_loss(*args, **kwargs)
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            clock.tokens.append(int(inputs["attention_mask"].sum()))
+            found = super().compute_loss(model, inputs, *args, **kwargs)
             loss = found[0] if isinstance(found, tuple) else found
             clock.losses.append(float(loss.detach()))
             return found
