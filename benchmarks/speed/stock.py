@@ -148,7 +148,9 @@ def trainer_of(plan: Plan, model: Any, tool: str, is_tuned: bool, is_bfloat16: b
         "dataloader_pin_memory": False, "use_cpu": not _has_gpu(),
     }  # fmt: skip
     if is_tuned:
-        tuned = {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
+        tuned = {"train_sampling_strategy": "group_by_length"}
+    if is_tuned and tool == "trl":
+        tuned["gradient_checkpointing"] = False  # its own default recomputes activations
     if is_bfloat16:
         tuned["bf16"] = True
     examples: Any = [one for batch in plan.batches for one in batch]
