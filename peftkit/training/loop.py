@@ -141,6 +141,7 @@ class _Loop:
                 self._save()
                 self.stop.leave(progress.step)
                 self.meter.resume()
+        self.meter.pause()  # what follows, such as drawing the learning curve, is no training
         return self._finish()
 
     def _train_step(self, epoch: int, batch: Sequence[int]) -> None:
