@@ -16,7 +16,7 @@ from peftkit.bench.launch import job_of
 from peftkit.bench.report import report
 from peftkit.bench.store import Answers, Record, Store
 from peftkit.bench.tuning import progress
-from peftkit.bench.worker import outcome
+from peftkit.bench.worker import Job, outcome
 from peftkit.errors import ConfigError
 from peftkit.planning.survey import survey
 
