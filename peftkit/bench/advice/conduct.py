@@ -89,6 +89,9 @@ class Conduct:
             PeftkitError: no run came to a good end, or a result could not be kept.
         """
         deadline = time.monotonic() + self.left
+        begun = self.state.rungs[-1].trials if self.state.rungs else ()
+        if left := [trial for trial in begun if self.record(trial) is None]:
+            self.say(f"going on with {len(left)} of {len(begun)} runs of {left[0].steps:,} steps")
         try:
             run_jobs(self._pending, self.records, self.store, self.workers, self._told, deadline=deadline)
         finally:
