@@ -325,7 +325,9 @@ class TestCommandLine:
         assert main(command) == 0
         names = [job.id for job in made.done]
         assert len(names) == len(set(names))
-        stopped = capsys.readouterr().out.partition("Use ")[2]
+        told = capsys.readouterr().out
+        assert "going on with 10 of 13 runs of 16 steps" in told
+        stopped = told.partition("Use ")[2]
         shutil.rmtree(config.parent / "runs")
         made.done.clear()
         assert main([*command, "--overwrite"]) == 0

@@ -93,6 +93,9 @@ class Conduct:
         for record in self.records.values():
             engine.learn(record)
         deadline = time.monotonic() + self.left
+        begun = self.state.rungs[-1].trials if self.state.rungs else ()
+        if left := [trial for trial in begun if self.record(trial) is None]:
+            self.say(f"going on with {len(left)} of {len(begun)} runs of {left[0].steps:,} steps")
         try:
             run_jobs(self._pending, self.store, engine, self._told, deadline=deadline)
         finally:
