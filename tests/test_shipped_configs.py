@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def test_every_shipped_configuration_runs(config: Path, tmp_path: Path, request:
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert {"after"} | ({"before"} if run.method.trains else set()) <= set(scores) <= {"majority", "before", "after"}
     assert all(math.isfinite(value) for one in scores.values() for value in one["values"].values())
+
+
+@pytest.mark.parametrize("sequence", shipped.sequences(), ids=lambda path: path.stem)
+def test_every_shipped_sequence_runs(
+    sequence: Path, tmp_path: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / sequence.name
+    config.write_text(sequence.read_text().replace("limit: 300", "limit: 100").replace("length: 64", "length: 8"))
+    steps = ["training.max_steps=1", "training.batch_size=4", "training.evaluate_every=1", "seeds=[1]"]
+    recipe = shipped.folder() / "continual.py"
+    overrides = ["--config", str(config), *steps, f"output.folder={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", [str(recipe), *overrides])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert ended.value.code == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    (seed,) = found["seeds"]
+    assert [len(row) for row in seed["matrix"]] == [len(found["tasks"])] * len(found["tasks"])
+    assert all(math.isfinite(value) for value in found["mean"].values())
 
 
 def test_shipped_configurations_share_one_data_root() -> None:
