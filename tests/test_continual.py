@@ -234,6 +234,19 @@ def test_replay_mixes_rows_in_and_leaves_a_run_as_any_other(
     assert {one["label"] for one in _predictions(second)} == {"city-0", "city-1"}
 
 
+def test_replay_forgets_less_and_learns_the_new_task_too(
+    config: Callable[..., Path], recipe: Callable[..., int]
+) -> None:
+    matrices = {}
+    for strategy in ("shared", "replay"):
+        file = config(strategy, steps=80)
+        assert recipe(file, "training.learning_rate=0.005", f"output.folder={file.parent / strategy}") == 0
+        matrices[strategy] = json.loads((file.parent / strategy / "result.json").read_text())["seeds"][0]["matrix"]
+    lost = {strategy: matrix[0][0] - matrix[1][0] for strategy, matrix in matrices.items()}
+    assert lost["replay"] < lost["shared"] - 0.05
+    assert matrices["replay"][1][1] > 0.7
+
+
 def _predictions(stage: Stage) -> list[dict[str, Any]]:
     lines = (stage.folder / "predictions.jsonl").read_text().splitlines()
     return [json.loads(line)["prediction"] for line in lines]
