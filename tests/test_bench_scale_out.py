@@ -298,11 +298,13 @@ class TestCluster:
         with pytest.raises(UsageError, match="node-7"):
             run_cells(list(cells(grid)), Store(tmp_path / "none"), Cluster(ray, 1, lambda line: None), print)
 
-    def test_without_ray_the_extra_is_named(
+    def test_a_cluster_that_cannot_be_had_is_told_before_anything_is_written(
         self, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         run = ["bench", "run", str(write(tree, tmp_path)), "--folder", str(tmp_path / "results")]
+        assert main([*run, "--engine", "ray", "--ray-address", "127.0.0.1:1"]) == 2
+        assert "cannot join the Ray cluster at 127.0.0.1:1: " in capsys.readouterr().err
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         for arguments, told in (
             (["--engine", "ray"], "error: --engine ray needs Ray: pip install 'peftkit[ray]'"),
             (["--ray-address", "auto"], "error: --ray-address goes with --engine ray"),
@@ -310,8 +312,10 @@ class TestCluster:
         ):
             assert main([*run, *arguments]) == 2
             assert capsys.readouterr().err.strip() == told
+        assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.timeout(900)
 def test_a_ray_cluster_with_a_worker_killed_gives_the_same(grid: Grid, tmp_path: Path) -> None:
     import ray
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ LIKE_LOCAL = {
 """Of a cluster that is started here, unless the environment says otherwise."""
 OBJECTS = 128 * 2**20
 """Bytes of a local cluster's object store; a result takes some KiB, with its answers seldom more than a MiB."""
+PATIENCE = 10.0
+"""Seconds in which a cluster's machine has to answer."""
 LOST = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ObjectLostError")
 """Ray's errors that say nothing against the run: what it ran on has gone, or was ended to free memory."""
 KILLED = -1
@@ -59,11 +62,24 @@ def cluster(
         raise UsageError(
             "--memory is for a cluster that is started here; the nodes of one that is joined have their own"
         )
+    if address:
+        _refuse_unreachable(address)
     ray: Any = importlib.import_module("ray")
     with _connected(ray, address, workers, memory):
         engine = Cluster(ray, workers, say)
         say(engine.described)
         yield engine
+
+
+def _refuse_unreachable(address: str) -> None:
+    """At once, where nothing listens; Ray would try for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # such as auto, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"cannot join the Ray cluster at {address}: {first_line(error)}") from None
 
 
 @contextmanager
