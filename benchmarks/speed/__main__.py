@@ -29,7 +29,7 @@ def main() -> None:
         for one in WORKLOADS.values():
             print(f"{one.name}: {one.title}\n  " + "\n  ".join(arm.name for arm in arms_of(one)))
     elif options.report:
-        for file in report.write(results):
+        for file in report.write(results, options.docs):
             print(file)
     elif options.scaling:
         kept = Results(results / "scaling.json", {"steps": options.steps})
@@ -96,6 +96,7 @@ def _options() -> argparse.Namespace:
     what.add_argument("--report", action="store_true", help="write docs/speed.md and its chart")
     what.add_argument("--list", action="store_true", help="show workloads and arms")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--docs", type=Path, default=report.DOCS, metavar="FOLDER", help="of the report")
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="plans and made backbones")
     for tool in ("trl", "adapters"):
         variable = f"SPEED_{tool.upper()}_PYTHON"

@@ -13,6 +13,7 @@ is the process of one training; it writes losses and gradients to a file.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -210,7 +211,8 @@ def _one(asked: dict[str, Any]) -> None:
         make_plan(config, asked["overrides"], folder / "plan")
         course = of_stock(folder / "plan", steps, asked.get("is_bfloat16", False))
     else:
-        overrides = [*asked["overrides"], f"output.folder={folder / 'run'}", "output.overwrite=true"]
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        overrides = [*asked["overrides"], f"output.folder={folder / 'run'}"]
         course = of_peftkit(config, overrides, steps)
     course.save(Path(asked["file"]))
 
