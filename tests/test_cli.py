@@ -280,7 +280,10 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback() -> None:
 # --- recipes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda file: file.stem)
+OF_RUNS = sorted(file for file in RECIPES.glob("*.py") if file.stem != "continual")
+
+
+@pytest.mark.parametrize("recipe", OF_RUNS, ids=lambda file: file.stem)
 def test_a_recipe_refuses_the_configuration_of_another_method(recipe: Path) -> None:
     takes_lora = recipe.stem in ("lora", "qlora", "from_peft")
     other = RECIPES / "configs" / ("sst2_full.yaml" if takes_lora else "sst2_lora.yaml")
@@ -290,6 +293,12 @@ def test_a_recipe_refuses_the_configuration_of_another_method(recipe: Path) -> N
     assert done.stderr.startswith(f"error: {other}: this recipe trains '")
     assert done.stderr.endswith(f"', not '{kind}'\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_recipe_of_sequences_refuses_the_configuration_of_a_run() -> None:
+    done = python(RECIPES / "continual.py", "--config", RECIPES / "configs" / "sst2_lora.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sst2_lora.yaml:4: task: unknown key; did you mean 'tasks'?" in done.stderr
 
 
 def test_a_recipe_without_a_configuration_says_what_it_needs() -> None:
