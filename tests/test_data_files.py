@@ -81,12 +81,12 @@ class TestCsv:
         assert len(rows.records[0]["text"]) == 200_000
         assert csv.field_size_limit() == before
 
-    def test_a_million_rows_in_ten_processor_seconds(self, write: Write) -> None:
+    def test_a_million_rows_in_seconds(self, write: Write) -> None:
         lines = (f'"some text, number {i}",class{i % 7}\n' for i in range(1_000_000))
         path = write("big.csv", "text,label\n" + "".join(lines))
         start = time.process_time()
         rows = read_file(path)
-        assert time.process_time() - start < 10
+        assert time.process_time() - start < 30  # of the processor; 6 to 10 here, a quadratic reader takes hours
         assert len(rows) == 1_000_000
         assert rows.where(999_999) == "big.csv:1000001"
 
