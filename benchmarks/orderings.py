@@ -57,29 +57,36 @@ class Verdict:
 def at_least(better: str, worse: str) -> Callable[[Analysis], Tested | None]:
     """That the first has the higher expected score, paired over seeds and examples."""
 
-    def test(analysis: Analysis) -> Tested | None:
-        shared = _shared(analysis, better, worse)
-        if shared is None:
-            return None
-        apart, scale = difference(*shared), Scale(analysis.block.is_share)
-        between = scale.change_between(apart.low, apart.high)
-        return Tested(apart.gain > 0, apart.p_value, f"{scale.change(apart.mean)} ({between})")
+    def judge(first: Samples, second: Samples) -> tuple[bool, float]:
+        apart = difference(first, second)
+        return apart.gain > 0, apart.p_value
 
-    return test
+    return _compared(better, worse, judge)
 
 
 def far_behind(worse: str, better: str) -> Callable[[Analysis], Tested | None]:
     """That the first has an expected score that is lower by more than `FAR`."""
 
+    def judge(first: Samples, second: Samples) -> tuple[bool, float]:
+        found = equivalence(first, second, FAR)
+        return found.p_worse < found.p_not_worse, min(1.0, 2 * min(found.p_worse, found.p_not_worse))
+
+    return _compared(worse, better, judge)
+
+
+def _compared(
+    first: str, second: str, judge: Callable[[Samples, Samples], tuple[bool, float]]
+) -> Callable[[Analysis], Tested | None]:
+    """A claim on two methods' scores; `judge` says whether it holds, and its two-sided p."""
+
     def test(analysis: Analysis) -> Tested | None:
-        shared = _shared(analysis, worse, better)
+        entries = [_entry(analysis, name) for name in (first, second)]
+        shared = on_shared_seeds(entries[0], entries[1]) if entries[0] and entries[1] else None
         if shared is None:
             return None
         apart, scale = difference(*shared), Scale(analysis.block.is_share)
-        found = equivalence(*shared, FAR)
-        p_value = min(1.0, 2 * min(found.p_worse, found.p_not_worse))
-        between = scale.change_between(apart.low, apart.high)
-        return Tested(found.p_worse < found.p_not_worse, p_value, f"{scale.change(apart.mean)} ({between})")
+        told = f"{scale.change(apart.mean)} ({scale.change_between(apart.low, apart.high)})"
+        return Tested(*judge(*shared), told)
 
     return test
 
@@ -90,7 +97,7 @@ def forgets_more(more: str, less: str) -> Callable[[Analysis], Tested | None]:
     def test(analysis: Analysis) -> Tested | None:
         from scipy.stats import ttest_rel
 
-        first, second = (_lost(analysis, name) for name in (more, less))
+        first, second = (lost(_entry(analysis, name)) for name in (more, less))
         seeds = sorted(first.keys() & second.keys())
         if len(seeds) < 2:
             return None
@@ -172,17 +179,11 @@ def _worded(found: Tested | None, p_value: float | None) -> tuple[str, str]:
     return word if p_value <= LEVEL else "not separable", f"{found.evidence}, p {sign}{told}"
 
 
-def _shared(analysis: Analysis, first: str, second: str) -> tuple[Samples, Samples] | None:
-    pair = [_entry(analysis, name) for name in (first, second)]
-    return on_shared_seeds(pair[0], pair[1]) if pair[0] and pair[1] else None
-
-
 def _entry(analysis: Analysis, method: str) -> Entry | None:
     return next((entry for entry in analysis.block.entries if entry.method == method), None)
 
 
-def _lost(analysis: Analysis, method: str) -> dict[int, float]:
+def lost(entry: Entry | None) -> dict[int, float]:
     """Seed → by how much it does worse on the probe than before, as a share."""
-    entry = _entry(analysis, method)
-    runs = [run for run in entry.runs if run.forgetting] if entry else []
+    runs = entry.runs if entry else ()
     return {run.key.seed: forgetting([run], run.forgetting.probe)[0] for run in runs if run.forgetting}

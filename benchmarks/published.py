@@ -12,20 +12,18 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.orderings import ORDERINGS, Verdict, verdicts
+from benchmarks.orderings import ORDERINGS, Verdict, lost, verdicts
 from peftkit.bench import numbers
 from peftkit.bench.analysis import Analysis, Row, analyse
-from peftkit.bench.block_tables import forgetting
 from peftkit.bench.numbers import NOTHING, Scale
 from peftkit.bench.report import MARGIN, REFERENCES, report
-from peftkit.bench.results import Block, read
+from peftkit.bench.results import Block, Entry, read
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "results" / "main"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- from here to the end: python -m benchmarks.published -->\n", "<!-- end -->\n"
 NAMES = {"sst2": "SST-2", "tweet_emotion": "TweetEval emotion", "wnut17": "WNUT-17"}
-SEEDS = 5
 
 
 def main() -> None:
@@ -58,7 +56,7 @@ def with_section(text: str, new: str) -> str:
 
 def _under_way(analyses: Sequence[Analysis]) -> str:
     rows = [row for one in analyses for row in one.rows]
-    done = sum(len(row.entry.runs) == SEEDS for row in rows)
+    done = sum(_is_finished(row.entry) for row in rows)
     gaps = "" if done == len(rows) else f"; {len(rows) - done} are not finished, shown as {NOTHING}"
     return fill(
         "The grid `benchmarks/grids/main.yaml`: MiniLM, methods at their papers' sizes, 200 steps of 16 examples, at "
@@ -103,7 +101,7 @@ def _costs(analyses: Sequence[Analysis]) -> str:
 
 def _lost_seeds(analyses: Sequence[Analysis]) -> list[str]:
     """Runs that did no better than the most frequent answer."""
-    lost = [
+    astray = [
         f"{row.entry.method} on {NAMES.get(one.block.data, one.block.data)}, seed {run.key.seed} "
         f"(learning rate {numbers.rate(run.key.learning_rate)})"
         for one in analyses
@@ -111,9 +109,9 @@ def _lost_seeds(analyses: Sequence[Analysis]) -> list[str]:
         for run in row.entry.runs
         if run.test and run.majority and run.test.value <= run.majority.value
     ]
-    if not lost:
+    if not astray:
         return []
-    told = f"No better than the most frequent answer: {'; '.join(lost)}."
+    told = f"No better than the most frequent answer: {'; '.join(astray)}."
     return [
         fill(f"{told} One tuning seed can choose a rate at the edge of divergence, and the intervals say so."),
     ]
@@ -172,7 +170,12 @@ def _methods(analyses: Sequence[Analysis]) -> list[str]:
 
 def _finished(analysis: Analysis, method: str) -> Row | None:
     row = analysis.row(method)
-    return row if row and len(row.entry.runs) == SEEDS else None
+    return row if row and _is_finished(row.entry) else None
+
+
+def _is_finished(entry: Entry) -> bool:
+    """Whether every seed that was asked for has its run."""
+    return 0 < len(entry.planned) == len(entry.runs)
 
 
 def _score(analysis: Analysis, method: str) -> str:
@@ -184,9 +187,7 @@ def _score(analysis: Analysis, method: str) -> str:
 
 
 def _lost(row: Row | None) -> str:
-    runs = [run for run in row.entry.runs if run.forgetting] if row else []
-    lost = [value for run in runs if run.forgetting for value in forgetting([run], run.forgetting.probe)]
-    mean = numbers.mean(lost)
+    mean = numbers.mean(lost(row.entry if row else None).values())
     return NOTHING if mean is None else numbers.true_minus(f"{100 * mean:.1f}")
 
 

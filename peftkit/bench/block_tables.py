@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import isclose
+from operator import attrgetter
 
 from peftkit.bench import numbers
 from peftkit.bench.analysis import Against, Analysis, Row
@@ -99,7 +100,7 @@ def afterwards(analysis: Analysis) -> Table | None:
     if any(run.forgetting for run in every):
         for name in sorted({run.forgetting.probe for run in every if run.forgetting}):
             columns[f"forgetting: {name}"] = lambda row, name=name: _forgetting(row, name)  # type: ignore[misc]
-    for told, beside in (("under", _under), ("on", _on)):
+    for told, beside in (("under", attrgetter("robustness")), ("on", attrgetter("elsewhere"))):
         for name in sorted({name for run in every for name in beside(run)}):
             columns[f"{told} {name}"] = partial(_beside, scores=beside, name=name, scale=scale)
     if not columns:
@@ -229,14 +230,6 @@ def _forgetting(row: Row, probe: str) -> Cell | str:
     told = f"{scale.change(after - before)}{f' ± {scale.score(spread)}' if spread is not None else ''}"
     again = f"; refitted {scale.score(refitted)}" if refitted is not None else ""
     return Cell(f"{scale.score(before)} → {scale.score(after)}{again}", "", told)
-
-
-def _under(run: Record) -> Mapping[str, Score]:
-    return run.robustness
-
-
-def _on(run: Record) -> Mapping[str, Score]:
-    return run.elsewhere
 
 
 def _beside(row: Row, scores: Callable[[Record], Mapping[str, Score]], name: str, scale: Scale) -> Cell | str:
