@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_jsonl
+from grids import grid_of, problems_of, record_of, run_here, toy_tree, write
 
 from peftkit.bench.cells import Cell, cells, load_grid
-from peftkit.bench.grid import Grid
-from peftkit.bench.launch import job_of, run_cells, state_of
+from peftkit.bench.launch import job_of, run_cells
 from peftkit.bench.matched import Matched
 from peftkit.bench.processes import Processes
 from peftkit.bench.sample import sampled
@@ -32,45 +32,12 @@ from peftkit.cli import main
 from peftkit.data.augment import Typos, changed_rows
 from peftkit.data.files import read_file
 from peftkit.data.rows import Rows
-from peftkit.errors import ConfigError, UsageError
+from peftkit.errors import UsageError
 
 
 @pytest.fixture
 def tree(tiny_bert: Path, toy_data: Path) -> dict[str, Any]:
     return toy_tree(tiny_bert, toy_data)
-
-
-def toy_tree(tiny_bert: Path, toy_data: Path) -> dict[str, Any]:
-    """A small grid as YAML holds it."""
-    files = {split: str(toy_data / f"sentiment_{split}.jsonl") for split in ("train", "dev", "test")}
-    return {
-        "name": "toy",
-        "backbones": {"tiny": {"name": str(tiny_bert)}},
-        "data": {"toy": {"task": {"kind": "sequence_classification", "data": files, "max_length": 32}}},
-        "methods": {
-            "full": {"method": {"kind": "full"}, "learning_rates": [1e-3, 4e-3]},
-            "head": {"method": {"kind": "head"}, "learning_rates": [1e-2]},
-        },
-        "seeds": [1, 2],
-        "tuning": {"extensions": 0},
-        "training": {"max_steps": 6, "evaluate_every": 3, "batch_size": 16},
-    }
-
-
-def write(tree: dict[str, Any], folder: Path) -> Path:
-    file = folder / "grid.yaml"
-    file.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return file
-
-
-def grid_of(tree: dict[str, Any], folder: Path) -> Grid:
-    return load_grid(write(tree, folder))
-
-
-def problems_of(tree: dict[str, Any], folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_grid(write(tree, folder))
-    return str(caught.value)
 
 
 class TestGrid:
@@ -147,12 +114,6 @@ class TestGrid:
     ) -> None:
         tree["methods"]["full"]["learning_rates"] = rates
         assert told in problems_of(tree, tmp_path)
-
-
-def record_of(planned: Any, dev: float | None, lower: bool = False) -> Record:
-    score = None if dev is None else Score(headline="accuracy", value=dev, lower_is_better=lower)
-    status: Any = "failed" if dev is None else "finished"
-    return Record(id=planned.id, key=planned.key, status=status, dev=score)
 
 
 def tried(cell: Cell, score: Any, lower: bool = False) -> tuple[Progress, list[float]]:
@@ -407,9 +368,7 @@ class TestLaunch:
         file = write(tree | {"seeds": [1]}, tmp_path)
         grid = load_grid(file)
         alone = Store(tmp_path / "alone")
-        while pending := state_of(list(cells(grid)), {one.id: one for one in alone.records()}).pending:
-            for planned in pending:
-                alone.add(*outcome(job_of(planned, grid, alone.folder)))
+        run_here(grid, alone)
         folder = tmp_path / "results"
         command = [sys.executable, "-m", "peftkit.cli", "bench", "run", str(file), "--folder", str(folder)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

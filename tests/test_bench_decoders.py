@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import write_jsonl
+from grids import grid_of, problems_of, run_here
 
-from peftkit.bench.cells import Cell, cells, load_grid, planned_cells
+from peftkit.bench.cells import Cell, cells, planned_cells
 from peftkit.bench.grid import Grid
 from peftkit.bench.launch import job_of
 from peftkit.bench.report import report
 from peftkit.bench.store import Answers, Record, Store
-from peftkit.bench.tuning import progress
 from peftkit.bench.worker import Job, outcome
-from peftkit.errors import ConfigError
 from peftkit.planning.survey import survey
 
 TEMPLATE = "{text} was"
@@ -59,22 +57,6 @@ def tree(tiny_llama: Path, toy_data: Path) -> dict[str, Any]:
     }
 
 
-def write(tree: dict[str, Any], folder: Path) -> Path:
-    file = folder / "grid.yaml"
-    file.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return file
-
-
-def grid_of(tree: dict[str, Any], folder: Path) -> Grid:
-    return load_grid(write(tree, folder))
-
-
-def problems_of(tree: dict[str, Any], folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
-        grid_of(tree, folder)
-    return str(caught.value)
-
-
 def done(cell: Cell, seed: int, rate: float | None, folder: Path) -> tuple[Record, Answers]:
     record, answers = outcome(job_of(cell.final(seed, rate), cell.grid, folder))
     assert record.error is None
@@ -86,19 +68,11 @@ def by_name(grid: Grid) -> dict[tuple[str, str], Cell]:
     return {(one.data, one.method): one for one in cells(grid)}
 
 
-def filled(grid: Grid, store: Store) -> None:
-    """Run all of a grid in this process."""
-    store.plan(planned_cells(grid))
-    for cell in cells(grid):
-        while pending := progress(cell, {one.id: one for one in store.records()}).runs:
-            for planned in pending:
-                store.add(*outcome(job_of(planned, grid, store.folder)))
-
-
 class TestPrompting:
     def test_all_of_a_grid_and_its_report(self, tree: dict[str, Any], tmp_path: Path) -> None:
         grid, store = grid_of(tree, tmp_path), Store(tmp_path / "results")
-        filled(grid, store)
+        store.plan(planned_cells(grid))
+        run_here(grid, store)
         records = list(store.records())
         assert {one.status for one in records} == {"finished"}, [one.error for one in records if one.error]
         prompted = [one for one in records if one.key.method == "two-shot" and one.key.data == "words"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_bench import grid_of, record_of, toy_tree, write
+from grids import grid_of, record_of, run_here, toy_tree, write
 
 from benchmarks.bench_ray import comparable, kill_a_task, tasks_below
 from peftkit.bench.cells import cells
@@ -26,7 +26,7 @@ from peftkit.bench.memory import BASE, COPIES, MIB, Footprint, Footprints, footp
 from peftkit.bench.processes import TRIES, Processes, Worker
 from peftkit.bench.remote import Origin, Reply, make, origin
 from peftkit.bench.store import Cost, Record, Store
-from peftkit.bench.worker import Job, outcome
+from peftkit.bench.worker import Job
 from peftkit.cli import main
 from peftkit.config import run_id
 from peftkit.errors import UsageError
@@ -322,9 +322,7 @@ def test_a_ray_cluster_with_a_worker_killed_gives_the_same(grid: Grid, tmp_path:
     before = psutil.Process().children(recursive=True)
     alone, store = Store(tmp_path / "alone"), Store(tmp_path / "results")
     every = list(cells(grid))
-    while pending := state_of(every, {one.id: one for one in alone.records()}).pending:
-        for planned in pending:
-            alone.add(*outcome(job_of(planned, grid, alone.folder)))
+    run_here(grid, alone)
 
     def stop(line: str) -> None:
         raise KeyboardInterrupt
