@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv/demo
 TEST := .venv/test
 
-.PHONY: demo test clean
+.PHONY: demo test types suite clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/peftkit train recipes/configs/reuters_r8_lora.yaml output.folder=runs/demo output.overwrite=true
@@ -14,7 +14,12 @@ demo: $(DEMO)/ready
 test: $(TEST)/ready
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
+	$(MAKE) --jobs 2 types suite
+
+types:
 	$(TEST)/bin/mypy
+
+suite:
 	$(TEST)/bin/pytest --numprocesses 2 --dist loadfile
 
 clean:

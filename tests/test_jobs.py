@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, toy_data: 
         "backbone": {"name": str(tiny_bert)},
         "task": {"kind": "sequence_classification", "data": data, "max_length": 32},
         "method": {"kind": "lora", "rank": 4, "targets": "all"},
-        "training": {"learning_rate": 0.001, "max_steps": 240, "evaluate_every": 40, "batch_size": 16},
+        "training": {"learning_rate": 0.001, "max_steps": 120, "evaluate_every": 20, "batch_size": 16},
         "output": {"folder": "run"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -165,11 +165,11 @@ def test_an_interrupted_job_goes_on_where_it_was(fresh: Path) -> None:
     with launched(fresh, accelerate="ddp") as launcher:
         stdout, stderr = launcher.communicate(timeout=LIMIT)
     assert (launcher.returncode, errors(stderr)) == (0, [])
-    assert f"continuing from step {reached} of 240" in stdout
+    assert f"continuing from step {reached} of 120" in stdout
     assert "2 processes on cpu" in stdout
     assert read_manifest(fresh / "run")["training"]["processes"] == 2
     lines = (fresh / "run" / "log.jsonl").read_text().splitlines()
-    assert [event["step"] for event in map(json.loads, lines) if "loss" in event] == list(range(1, 241))
+    assert [event["step"] for event in map(json.loads, lines) if "loss" in event] == list(range(1, 121))
     assert len((fresh / "run" / "predictions.jsonl").read_text().splitlines()) == 60
 
 
