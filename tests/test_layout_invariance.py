@@ -128,8 +128,8 @@ def figures(run: Path, key: str) -> list[float]:
 
 
 def tolerance(name: str) -> float:
-    # which examples attend together depends on the layout, and where everything trains their rounding is in all steps
-    return {"float64": 1e-12, "full_unpadded": 2e-6}.get(name, 1e-6)
+    # without padding products have other shapes in each layout, and where whole blocks train their rounding adds up
+    return {"float64": 1e-12, "full_unpadded": 2e-6, "top_layers": 2e-6}.get(name, 1e-6)
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS)

@@ -79,6 +79,7 @@ EARLY = {
     "peftkit.engine.lora": "subclasses autograd.Function; imported when a training begins",
     "peftkit.engine.lora_groups": "asks for peft's class of layers; imported when a training of LoRA begins",
     "peftkit.engine.plain_attention": "subclasses autograd.Function; imported when a training or evaluation begins",
+    "peftkit.engine.row_attention": "subclasses autograd.Function; imported when a training or evaluation begins",
     "peftkit.engine.summed_losses": "subclasses autograd.Function; imported when a language model's loss is computed",
     "peftkit.engine.unpadded": "subclasses autograd.Function; imported when a batch without padding is computed",
     "peftkit.methods.bottleneck_layers": "subclasses nn.Module; imported when adapters are attached",

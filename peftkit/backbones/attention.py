@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from peftkit.backbones.attention_inputs import Attention, changed
+from peftkit.backbones.attention_inputs import Attention, changed, is_plain
 from peftkit.backbones.layouts import Layout, in_blocks
 from peftkit.backbones.modules import architecture
 from peftkit.backbones.targets import Target, find_targets
@@ -27,6 +27,8 @@ NAME = "peftkit"
 """What transformers' registry of attention functions knows the seam by."""
 OWN = "own_attention"
 """Attribute of an attention module: what may attend in place of torch's function, or return None."""
+IN_ROW = "attention_in_row"
+"""The same for examples that stand in a row, as they stand there; otherwise they are padded to each other."""
 IMPLEMENTATIONS = ("sdpa", "eager")
 BY_HAND = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("deberta", "deberta_v2", "mpnet"))
 """Where attention does not ask the registry; `attention_by_hand` knows how it goes."""
@@ -140,6 +142,11 @@ def attend(
 
     if unpadded is None:
         return own(query, key, value, attention_mask)
+    in_row = getattr(module, IN_ROW, None)
+    if implementation == "sdpa" and in_row is not None and options.get("position_bias") is None and is_plain(module):
+        context = in_row(unpadded, query, key, value, causal, options.get("dropout", 0.0), options.get("scaling"))
+        if context is not None:
+            return context, None
     additive = implementation == "eager"
     return unpadded.attended(lambda *given: own(*given)[0], query, key, value, causal, additive), None
 

@@ -64,3 +64,8 @@ def changed(module: nn.Module, attention: Attention) -> Attention:
         if isinstance(child, BeforeAttention):
             attention = child(attention)
     return attention
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing changes what `module` attends with."""
+    return not any(isinstance(child, BeforeAttention) for child in module.children())

@@ -15,12 +15,17 @@ MULTIPLY = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 def multiplies_bfloat16(processor: Path = PROCESSOR) -> bool:
     """Whether this processor multiplies bfloat16 itself; without, it takes longer than float32. False where the system
     does not tell."""
+    return not MULTIPLY.isdisjoint(processor_flags(processor))
+
+
+def processor_flags(processor: Path = PROCESSOR) -> frozenset[str]:
+    """What this processor says that it can do; empty where the system does not tell."""
     try:
         lines = processor.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
+        return frozenset()
     flags = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
-    return not MULTIPLY.isdisjoint(next(flags, ()))
+    return frozenset(next(flags, ()))
 
 
 def _on_this_machine(dtype: str) -> str:

@@ -1,4 +1,4 @@
-"""Which function attends: torch's own, or the formula where that is faster."""
+"""Which function attends: torch's own, or the formula or compiled code where those are faster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ Choice = Literal["auto", "sdpa", "plain"]
 
 
 @contextlib.contextmanager
-def chosen_attention(model: nn.Module, choice: Choice, draw: Callable[[Tensor, float], Tensor]) -> Iterator[None]:
+def chosen_attention(
+    model: nn.Module, choice: Choice, draw: Callable[[Tensor, float], Tensor], compiled: bool = False
+) -> Iterator[None]:
     """`model` attending as `choice` says where it would attend by torch's function, and afterwards as it did.
 
     Args:
-        draw: the byte masks of attention's dropout.
+        draw: the byte masks of attention's dropout; compiled code has its own.
+        compiled: with `auto`, examples in a row attend by compiled code where that is faster.
     """
-    from peftkit.backbones.attention import OWN, close_seam, is_open, open_seam
+    from peftkit.backbones.attention import IN_ROW, OWN, close_seam, is_open, open_seam
     from peftkit.engine.plain_attention import PlainAttention
+    from peftkit.engine.row_attention import in_row
 
     base = pretrained(model)
     parts: list[Any] = [] if choice == "sdpa" or why_closed(base) else list(attending(base).values())
@@ -32,9 +36,12 @@ def chosen_attention(model: nn.Module, choice: Choice, draw: Callable[[Tensor, f
         for part in parts:
             open_seam(part)
             setattr(part, OWN, PlainAttention(draw, choice == "plain"))
+            if compiled and choice == "auto":
+                setattr(part, IN_ROW, in_row)
         yield
     finally:
         for part in parts:
             delattr(part, OWN)
+            part.__dict__.pop(IN_ROW, None)
         for part in closed:
             close_seam(part)

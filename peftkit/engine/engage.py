@@ -34,7 +34,9 @@ def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterato
 
 def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
     """The techniques that `settings` ask for and `model` does without, each with the reason."""
-    from peftkit.engine import last_block, padding_free, supervised
+    import torch
+
+    from peftkit.engine import compiled, last_block, padding_free, supervised
 
     base = padding_free.pretrained(model)
     padded = padding_free.why_not(base)
@@ -43,7 +45,10 @@ def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
         "read_positions": "" if padded else last_block.why_whole(base),
         "supervised_loss": supervised.why_not(model),
     }
-    return {name: reason for name, reason in reasons.items() if reason and getattr(settings, name)}
+    found = {name: reason for name, reason in reasons.items() if reason and getattr(settings, name)}
+    if settings.padding_free and not padded and not settings.compiled_attention and not torch.cuda.is_available():
+        found["compiled_attention"] = compiled.why_not()
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _draw(settings: Engine) -> Callable[[Tensor, float], Tensor]:
@@ -61,8 +66,9 @@ def shortened(model: nn.Module, settings: Engine) -> Iterator[None]:
     from peftkit.engine.padding_free import without_padding
     from peftkit.engine.supervised import supervised_only
 
+    compiled = settings.compiled_attention is True
     with contextlib.ExitStack() as stack:
-        stack.enter_context(chosen_attention(model, settings.attention, _draw(settings)))
+        stack.enter_context(chosen_attention(model, settings.attention, _draw(settings), compiled))
         if settings.padding_free:
             stack.enter_context(without_padding(model))
             if settings.read_positions:

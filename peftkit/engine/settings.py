@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
+from peftkit.engine.compiled import Compiled
 from peftkit.schema import Section
 
 
@@ -28,5 +31,8 @@ class Engine(Section):
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """What attends where the model would use torch's `sdpa`: that, the plain formula, or for each dtype and length
     whichever is faster; the formula is on CPUs for long texts with dropout, and for short ones in half precision."""
+    compiled_attention: Compiled = Field(default="auto", validate_default=True)
+    """With `attention: auto` and without padding, attend on CPUs by C++ that is compiled when it is first needed, pads
+    nothing and keeps no scores. `auto`: where there is a compiler; the run records which."""
     fast_dropout: bool = True
     """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""
