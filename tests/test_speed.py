@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from benchmarks.speed.gate import NO_DROPOUT, Course, compared, engines, of_peft
 from benchmarks.speed.plan import is_made, make_plan, read_plan
 from benchmarks.speed.results import RESULTS, Results, medians
 from benchmarks.speed.rounds import Rounds
+from benchmarks.speed.together import together
 from benchmarks.speed.workloads import WORKLOADS, Workload
 from peftkit.config import load_run
 from peftkit.errors import JobError, UsageError
@@ -318,3 +319,34 @@ def test_gradients_of_the_first_steps_and_of_some_later_ones_are_compared() -> N
     assert {*range(10)} <= chosen
     assert len(chosen) <= gate.COMPARED
     assert max(chosen) == 195
+
+
+def test_runs_at_once_are_compared_with_one_after_the_other(
+    toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    asked: list[tuple[str, int]] = []
+
+    def train(config: Path, overrides: Sequence[str], threads: int) -> dict[str, Any]:
+        asked.append((overrides[-1], threads))
+        losses = [0.5, 0.25 + (1e-7 if threads == 1 and "0.0004" in overrides[-1] else 0.0)]
+        return {"tokens": 600, "seconds": 3.0 if threads == 2 else 5.0, "growth_bytes": 100 * threads, "losses": losses}
+
+    def measure() -> dict[str, Any]:
+        results = Results(tmp_path / "together-sst2.json", {"workload": "sst2", "runs": 4, "steps": 2})
+        results.set("command", "python -m benchmarks.speed --together 4")
+        return together(toy, 4, 2, tmp_path, results, train)
+
+    found = measure()
+    rates = [f"training.learning_rate={rate}" for rate in (1e-4, 2e-4, 4e-4, 8e-4)]
+    assert sorted(asked) == sorted([(rate, threads) for rate in rates for threads in (1, 2)])
+    assert found["one after the other"]["tokens_per_second"] == pytest.approx(4 * 600 / 12)
+    assert found["together"]["tokens_per_second"] == pytest.approx(4 * 600 / 10)
+    assert found["gain"] == pytest.approx(1.2)
+    assert found["memory"] == pytest.approx(1.0)
+    assert found["largest_loss_difference"] == pytest.approx(1e-7)
+    assert measure() == found
+    assert len(asked) == 8, "what is kept is not measured again"
+    page = report.page({}, tmp_path)
+    assert "| sst2 | 4 | 2 | 1 | 240 |" in page
+    assert "1.20 times the speed, start-up left out, and 1.00 times the memory of one" in page

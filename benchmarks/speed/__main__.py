@@ -14,6 +14,7 @@ from benchmarks.speed.results import RESULTS, Results
 from benchmarks.speed.rounds import Rounds
 from benchmarks.speed.scaling import scaling
 from benchmarks.speed.seeds import seeds
+from benchmarks.speed.together import together
 from benchmarks.speed.workloads import ROOT, WORKLOADS
 from peftkit.console import Parser, guard, positive
 from peftkit.errors import JobError, UsageError
@@ -39,6 +40,8 @@ def main() -> None:
         raise UsageError(f"--workload: name one of {', '.join(WORKLOADS)}, or ask for --scaling, --report or --list")
     elif options.gate:
         _gate(options, work)
+    elif options.together:
+        _together(options, work)
     elif options.seeds:
         kept = Results(results / f"seeds-{options.workload}.json", {"workload": options.workload})
         kept.set("command", _command(f"--seeds {options.seeds} --workload {options.workload}"))
@@ -73,6 +76,16 @@ def _gate(options: argparse.Namespace, work: Path) -> None:
         raise JobError(f"not what stock computes: {', '.join(failed)}; {options.results / 'gate.json'} has the figures")
 
 
+def _together(options: argparse.Namespace, work: Path) -> None:
+    asked = {"workload": options.workload, "runs": options.together, "steps": options.steps}
+    kept = Results(options.results / f"together-{options.workload}.json", asked)
+    kept.set(
+        "command", _command(f"--together {options.together} --workload {options.workload} --steps {options.steps}")
+    )
+    found = together(WORKLOADS[options.workload], options.together, options.steps, work, kept)
+    print(f"{found['gain']:.2f} times the speed, {found['memory']:.2f} times the memory of one")
+
+
 def _command(arguments: str) -> str:
     return f"python -m benchmarks.speed {arguments}"
 
@@ -91,6 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--note", default="", help="about the circumstances, kept in the result file")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--gate", action="store_true", help="compare losses and gradients with stock")
+    what.add_argument("--together", type=positive, metavar="RUNS", help="compare runs at once with one after the other")
     what.add_argument("--seeds", type=positive, metavar="COUNT", help="compare final scores with stock")
     what.add_argument("--scaling", action="store_true", help="measure time and memory against length, batch, …")
     what.add_argument("--report", action="store_true", help="write docs/speed.md and its chart")

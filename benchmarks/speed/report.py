@@ -70,6 +70,9 @@ def page(kept: dict[str, Any], results: Path) -> str:
     compared = {name: _read(results / f"seeds-{name}.json") for name in WORKLOADS}
     if any(compared.values()):
         lines += ["", "## Final scores with dropout", "", *_seeds({n: one for n, one in compared.items() if one})]
+    at_once = {name: _read(results / f"together-{name}.json") for name in WORKLOADS}
+    if any(at_once.values()):
+        lines += ["", "## Many runs at once", "", *_at_once({n: one for n, one in at_once.items() if one})]
     return "\n".join(lines) + "\n"
 
 
@@ -173,6 +176,24 @@ def _seeds(found: dict[str, Any]) -> list[str]:
             interval = f"{pair['low']:+.4f} … {pair['high']:+.4f}"
             cells = [name, f"{pair['first']} − {pair['second']}", f"{pair['difference']:+.4f}", interval]
             lines.append(f"| {' | '.join([*cells, format(pair['p_value'], '.2f'), pair['verdict']])} |")
+    return lines
+
+
+def _at_once(found: dict[str, Any]) -> list[str]:
+    lines = ["| workload | runs | at a time | threads each | real tokens/s of all | s with start-up | MiB of all |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for name, kept in found.items():
+        for one in (kept["one after the other"], kept["together"]):
+            figures = (
+                f"{one['tokens_per_second']:,.0f} | {one['wall_seconds']:,.0f} | {one['growth_bytes'] / 2**20:,.0f}"
+            )
+            lines.append(f"| {name} | {kept['asked']['runs']} | {one['at_once']} | {one['threads']} | {figures} |")
+    for kept in found.values():
+        apart = f"losses differ by {kept['largest_loss_difference']:.1e} at most"
+        gain = (
+            f"{kept['gain']:.2f} times the speed, start-up left out, and {kept['memory']:.2f} times the memory of one"
+        )
+        lines += ["", f"`{kept['command']}`: {gain}; {apart}."]
     return lines
 
 
