@@ -25,6 +25,8 @@ WIDEST = 128
 """Numbers of a head up to which it keeps results in registers."""
 LONGEST = 512
 """Tokens of an example up to which the compiled code is faster without dropout, too."""
+OFTEN = 0.99
+"""Rate of dropout up to which it is exact to a part in a million: 2³² draws can be told apart."""
 SEEDS = 2**62
 
 
@@ -68,7 +70,7 @@ def attend_in_row(
             at, and get 0.
         causal: a token sees none that come after it.
         scale: default: 1/√width.
-        dropout: probability below 1, of each weight by itself; drawn from torch's global generator.
+        dropout: probability up to 0.99, of each weight by itself; drawn from torch's global generator.
 
     Returns:
         (tokens, heads, width)
@@ -89,14 +91,15 @@ def in_row(
     """
     if not suits(query, dropout) or not (dropout or row.lengths[0] <= LONGEST):
         return None
-    queries, keys, values = (one[0].transpose(0, 1) for one in (query, key, value))
+    # not [0], whose gradient is written into zeros
+    queries, keys, values = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     return attend_in_row(queries, keys, values, row.lengths, causal, scaling, dropout)[None]
 
 
 def suits(query: Tensor, dropout: float) -> bool:
     """Whether there is compiled code for such queries (…, width)."""
     known = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
-    return known and query.shape[-1] <= WIDEST and dropout < 1
+    return known and query.shape[-1] <= WIDEST and dropout <= OFTEN
 
 
 class _InRow(torch.autograd.Function):

@@ -152,7 +152,7 @@ class Unpadded:
             additive: the function takes masks that are added to scores, and hides no future by itself.
         """
         sizes = [*(bucket.tokens for bucket in self.buckets), self.spare]
-        queries, keys, values = (one[0].transpose(0, 1).split(sizes) for one in (query, key, value))
+        queries, keys, values = (one.squeeze(0).transpose(0, 1).split(sizes) for one in (query, key, value))
         found = []
         for bucket, *own in zip(self.buckets, queries, keys, values, strict=False):
             mask = bucket.mask(causal, additive, query.dtype)
