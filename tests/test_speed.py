@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.speed import gate, peftkit_arm, processes, report, rounds, scaling, seeds, stock
+from benchmarks.speed import gate, peftkit_arm, processes, profile, report, rounds, scaling, seeds, stock
 from benchmarks.speed.arms import BASE, OFF, PEFTKIT, TUNED, arms_of, in_turn
 from benchmarks.speed.floor import Amount, floor, flops, moved, unread_flops
 from benchmarks.speed.gate import NO_DROPOUT, Course, compared, engines, of_peftkit, of_stock
@@ -155,7 +155,7 @@ def in_process(module: str, asked: dict[str, Any], python: str = "") -> dict[str
     return RATES if module == "rates" else stock.train(Path(asked.pop("plan")), **asked)
 
 
-def train_here(arguments: list[str], python: str = "") -> str:
+def train_here(arguments: list[str], python: str = "", threads: int | None = None) -> str:
     from peftkit.experiment import train
 
     train(load_run(Path(arguments[3]), arguments[4:]))
@@ -208,8 +208,7 @@ def test_every_arm_of_peftkit_is_a_run(name: str, tmp_path: Path, monkeypatch: p
         run = load_run(workload.file, measured._settings(arm))
         assert run.training.batch_size == workload.batch
         assert run.training.max_steps == 12
-        as_shipped = load_run(workload.file).training.micro_batch_size
-        assert run.training.micro_batch_size == (as_shipped if arm.dropped else workload.batch)
+        assert run.training.micro_batch_size == (8 if "of 8" in arm.name else workload.batch)
         assert run.engine.fused_lora is (OFF not in arm.overrides)
         run.method.check_steps(12)
     assert load_run(workload.file, measured._settings(PEFTKIT)).backbone.dtype == workload.dtype
@@ -348,5 +347,33 @@ def test_runs_at_once_are_compared_with_one_after_the_other(
     assert measure() == found
     assert len(asked) == 8, "what is kept is not measured again"
     page = report.page({}, tmp_path)
+    (tmp_path / "together-wnut17.json").write_text(json.dumps({"asked": {}, "one after the other": {}}))
+    assert report.page({}, tmp_path) == page, "what is not finished is not shown"
     assert "| sst2 | 4 | 2 | 1 | 240 |" in page
     assert "1.20 times the speed, start-up left out, and 1.00 times the memory of one" in page
+
+
+def test_a_profile_is_of_all_of_a_step(toy: Workload, tmp_path: Path) -> None:
+    overrides = [*settings(toy, tmp_path), "training.max_steps=5", f"output.folder={tmp_path / 'run'}"]
+    found = profile._one({"config": str(toy.file), "overrides": overrides, "steps": 2})
+    assert list(found) == [*profile.KINDS, profile.OTHER, profile.CALLS]
+    assert found["products of matrices"] > 0
+    assert found["attention"] > 0
+    assert found[profile.CALLS] > 0
+    kept = {"command": "python -m benchmarks.speed --profile", "seconds": {"float32": found, "bfloat16": found}}
+    (tmp_path / "profile-sst2.json").write_text(json.dumps(kept))
+    page = report.page({}, tmp_path)
+    shares = [float(line.split(" | ")[1].removesuffix(" %")) for line in page.splitlines() if " %" in line]
+    assert sum(shares) == pytest.approx(100, abs=len(shares))
+
+
+def test_what_operations_took_is_sorted_by_kind() -> None:
+    events = {"aten::mm": 3.0, "peftkit::attend_in_row": 2.0, "aten::strange": 0.5, "_Project": 7.0, "aten::mul_": 1.0}
+    found = profile.by_kind(events, 10.0)
+    assert {kind: took for kind, took in found.items() if took} == {
+        "products of matrices": 3.0,
+        "attention": 2.0,
+        "sums and products, number by number": 1.0,
+        profile.OTHER: 0.5,
+        profile.CALLS: 3.5,
+    }

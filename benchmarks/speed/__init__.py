@@ -3,6 +3,7 @@
     PEFTKIT_DATA=<folder> python -m benchmarks.speed --workload sst2 --rounds 3 --steps 12
     PEFTKIT_DATA=<folder> python -m benchmarks.speed --gate --workload sst2 --steps 200
     PEFTKIT_DATA=<folder> python -m benchmarks.speed --seeds 5 --workload sst2
+    PEFTKIT_DATA=<folder> python -m benchmarks.speed --profile --workload sst2
     PEFTKIT_DATA=<folder> python -m benchmarks.speed --together 8 --workload sst2 --steps 40
     PEFTKIT_DATA=<folder> python -m benchmarks.speed --scaling
     python -m benchmarks.speed --report
@@ -23,6 +24,7 @@ batch, the steps, LoRA's rank and dropout, how many rows are read, and what is e
 - `floor.py` is the least time: arithmetic / the measured matrix rate + bytes that must move / the measured bandwidth.
 - `gate.py` compares losses and gradients of every technique with stock, step by step.
 - `seeds.py` compares final scores over seeds, with dropout.
+- `profile.py` shows where the time of a step goes.
 - `together.py` is many runs at once against one after the other.
 - `scaling.py` is time and memory against length, batch, rank and width.
 - `report.py` writes the tables and the chart of docs/speed.md from what is kept.

@@ -10,6 +10,7 @@ from benchmarks.speed import report
 from benchmarks.speed.arms import arms_of
 from benchmarks.speed.floor import listed
 from benchmarks.speed.gate import gate
+from benchmarks.speed.profile import profiled
 from benchmarks.speed.results import RESULTS, Results
 from benchmarks.speed.rounds import Rounds
 from benchmarks.speed.scaling import scaling
@@ -42,6 +43,10 @@ def main() -> None:
         _gate(options, work)
     elif options.together:
         _together(options, work)
+    elif options.profile:
+        kept = Results(results / f"profile-{options.workload}.json", {"workload": options.workload})
+        kept.set("command", _command(f"--profile --workload {options.workload} --steps {options.steps}"))
+        profiled(WORKLOADS[options.workload], options.steps, work, kept)
     elif options.seeds:
         kept = Results(results / f"seeds-{options.workload}.json", {"workload": options.workload})
         kept.set("command", _command(f"--seeds {options.seeds} --workload {options.workload}"))
@@ -104,6 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--note", default="", help="about the circumstances, kept in the result file")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--gate", action="store_true", help="compare losses and gradients with stock")
+    what.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     what.add_argument("--together", type=positive, metavar="RUNS", help="compare runs at once with one after the other")
     what.add_argument("--seeds", type=positive, metavar="COUNT", help="compare final scores with stock")
     what.add_argument("--scaling", action="store_true", help="measure time and memory against length, batch, …")

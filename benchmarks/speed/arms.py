@@ -30,8 +30,6 @@ class Arm:
     is_tuned: bool = False
     """By someone who knows: weights in bfloat16 under autocast, examples of similar length in a batch, the fastest
     attention, no gradient checkpointing."""
-    dropped: tuple[str, ...] = ()
-    """Settings of the workload, by name, that stay as the configuration has them."""
 
 
 PEFTKIT = Arm("peftkit", "peftkit")
@@ -46,7 +44,7 @@ def arms_of(workload: Workload) -> list[Arm]:
         Arm(TUNED, "trainer", is_tuned=True),
         PEFTKIT,
         Arm(f"peftkit, {other}", "peftkit", overrides=(f"{DTYPE}{other}",)),
-        Arm("peftkit, micro-batches as shipped", "peftkit", dropped=("training.micro_batch_size",)),
+        Arm("peftkit, micro-batches of 8", "peftkit", overrides=("training.micro_batch_size=8",)),
         Arm("peftkit, engine off", "peftkit", overrides=(OFF,)),
         Arm(f"peftkit, engine off, {other}", "peftkit", overrides=(OFF, f"{DTYPE}{other}")),
         Arm(FULL, "peftkit", "full"),

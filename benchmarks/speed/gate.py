@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,22 +134,32 @@ def of_stock(folder: Path, steps: int, is_bfloat16: bool = False) -> Course:
 
 
 def of_peftkit(config: Path, overrides: Sequence[str], steps: int) -> Course:
-    """Train by peftkit in this process, as `peftkit train` does."""
+    """Train by peftkit in this process, and note its course."""
+    recorder = Recorder(chosen_steps(steps))
+    with recorder.recording():
+        record = trained_here(config, overrides, recorder.ready)
+    return Course(np.array(record.losses), np.array(recorder.gradients), recorder.kept_bytes)
+
+
+def trained_here(config: Path, overrides: Sequence[str], ready: Callable[[Any], None]) -> Any:
+    """Train by peftkit in this process, as `peftkit train` does; returns what the training records.
+
+    Args:
+        ready: told the model before it trains.
+    """
     from peftkit.backbones.load import load
     from peftkit.config import load_run
     from peftkit.prepare import prepare
     from peftkit.session import start
     from peftkit.training.loop import train
 
-    recorder, run = Recorder(chosen_steps(steps)), load_run(config, overrides)
+    run = load_run(config, overrides)
     accelerator = start(run)
     data = prepare(run)
     backbone = load(run.backbone, data.head)
     model = run.method.attach(backbone, total_steps=run.training.total_steps(len(data.train.encoded)))
-    recorder.ready(model)
-    with recorder.recording():
-        record = train(model, run, data, accelerator)
-    return Course(np.array(record.losses), np.array(recorder.gradients), recorder.kept_bytes)
+    ready(model)
+    return train(model, run, data, accelerator)
 
 
 def compared(reference: Course, other: Course) -> dict[str, Any]:

@@ -70,9 +70,10 @@ def page(kept: dict[str, Any], results: Path) -> str:
     compared = {name: _read(results / f"seeds-{name}.json") for name in WORKLOADS}
     if any(compared.values()):
         lines += ["", "## Final scores with dropout", "", *_seeds({n: one for n, one in compared.items() if one})]
-    at_once = {name: _read(results / f"together-{name}.json") for name in WORKLOADS}
-    if any(at_once.values()):
-        lines += ["", "## Many runs at once", "", *_at_once({n: one for n, one in at_once.items() if one})]
+    if profiles := _finished(results, "profile", "seconds"):
+        lines += ["", "## Where the time of a step goes", "", *_profiles(profiles)]
+    if at_once := _finished(results, "together", "gain"):
+        lines += ["", "## Many runs at once", "", *_at_once(at_once)]
     return "\n".join(lines) + "\n"
 
 
@@ -179,6 +180,19 @@ def _seeds(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _profiles(found: dict[str, Any]) -> list[str]:
+    lines = ["Of the thread that trains; the profiler makes small operations longer."]
+    for name, kept in found.items():
+        kinds = {dtype: one.items() for dtype, one in kept["seconds"].items()}
+        lines += ["", f"| {name} | {' | '.join(kinds)} |", f"| --- |{' ---: |' * len(kinds)}"]
+        for rows in zip(*kinds.values(), strict=True):
+            shares = [f"{100 * took / sum(kept['seconds'][dtype].values()):.0f} %"
+                      for dtype, (_, took) in zip(kinds, rows, strict=True)]  # fmt: skip
+            lines.append(f"| {rows[0][0]} | {' | '.join(shares)} |")
+        lines += ["", f"`{kept['command']}`"]
+    return lines
+
+
 def _at_once(found: dict[str, Any]) -> list[str]:
     lines = ["| workload | runs | at a time | threads each | real tokens/s of all | s with start-up | MiB of all |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
@@ -222,6 +236,12 @@ def _share(rate: float, floors: dict[str, Any], method: str = "lora") -> float |
 
 def _ratio(own: dict[str, float], other: dict[str, float] | None, what: str) -> float | None:
     return own[what] / other[what] if other else None
+
+
+def _finished(results: Path, what: str, last: str) -> dict[str, Any]:
+    """The measurements of a kind by workload that have come to their `last` figure."""
+    found = {name: _read(results / f"{what}-{name}.json") for name in WORKLOADS}
+    return {name: one for name, one in found.items() if one and last in one}
 
 
 def _read(file: Path) -> dict[str, Any] | None:

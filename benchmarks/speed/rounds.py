@@ -84,9 +84,7 @@ class Rounds:
         tell(f"{arm.name} is missing: {why}")
 
     def _settings(self, arm: Arm) -> list[str]:
-        settings = self.workload.settings(arm.method, self.steps, self.work)
-        kept = [one for one in settings if one.partition("=")[0] not in arm.dropped]
-        return [*kept, *arm.overrides]
+        return [*self.workload.settings(arm.method, self.steps, self.work), *arm.overrides]
 
     def _attention(self) -> str:
         """What the tuned arms attend with: tried once, and kept."""
