@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,6 +258,22 @@ class TestCompiling:
         assert made.stat().st_mtime_ns == before
         library("attention", HALF=1, PARTS=1)
         assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 2
+
+    def test_a_compiler_of_c_will_do(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", shutil.which("gcc") or pytest.skip("there is no gcc"))
+        library("attention", HALF=0, PARTS=2)
+        (made,) = (tmp_path / "cache" / "compiled").iterdir()
+        code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).attend"  # where nothing has loaded C++'s library
+        subprocess.run([sys.executable, "-c", code, str(made)], check=True, timeout=60)
+
+    def test_a_library_that_cannot_be_loaded_is_not_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        wrong = tmp_path / "wrong"
+        wrong.write_text('#!/bin/sh\nfor last in "$@"; do case $last in *.so) echo text > "$last";; esac; done\n')
+        wrong.chmod(0o755)
+        monkeypatch.setenv("CXX", str(wrong))
+        with pytest.raises(BackboneError, match=r"set engine\.compiled_attention: false"):
+            library("attention", HALF=0, PARTS=1)
+        assert not list((tmp_path / "cache" / "compiled").iterdir())
 
     def test_a_compiler_that_fails_is_told_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

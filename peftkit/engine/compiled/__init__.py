@@ -21,6 +21,8 @@ from peftkit.backbones.precision import processor_flags
 from peftkit.errors import BackboneError
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+LIBRARIES = ("-lstdc++", "-lm")
+"""Named, because CXX may be a compiler of C, such as `gcc`, which takes C++ and leaves its library out."""
 COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -74,7 +76,7 @@ def _kept(source: Path, constants: Mapping[str, int]) -> Path:
     if reason or program is None:
         raise BackboneError(f"{source.name} cannot be compiled: {reason}{_MEND}")
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    parts = [source.read_text(encoding="utf-8"), repr(sorted(constants.items())), *FLAGS, program, version]
+    parts = [source.read_text(encoding="utf-8"), repr(sorted(constants.items())), *FLAGS, *LIBRARIES, program, version]
     key = hashlib.sha256("\0".join([*parts, *sorted(processor_flags())]).encode()).hexdigest()[:16]
     return cache_folder() / "compiled" / f"{source.stem}-{key}.so"
 
@@ -85,7 +87,7 @@ def _compile(source: Path, constants: Mapping[str, int], file: Path) -> None:
         made = Path(folder) / file.name
         defined = [f"-D{name}={value}" for name, value in constants.items()]
         done = subprocess.run(
-            [str(compiler()), *FLAGS, *defined, str(source), "-o", str(made)],
+            [str(compiler()), *FLAGS, *defined, str(source), "-o", str(made), *LIBRARIES],
             capture_output=True,
             text=True,
             timeout=300,
@@ -94,4 +96,5 @@ def _compile(source: Path, constants: Mapping[str, int], file: Path) -> None:
         if done.returncode:
             told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
             raise BackboneError(f"{compiler()} cannot compile {source.name}: {told}{_MEND}")
+        ctypes.CDLL(str(made))  # what cannot be loaded is not kept
         made.replace(file)
