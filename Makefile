@@ -16,10 +16,10 @@ test: $(TEST)/ready
 	$(TEST)/bin/ruff format --check .
 	$(MAKE) --jobs 2 types suite
 
-types:
+types: $(TEST)/ready
 	$(TEST)/bin/mypy
 
-suite:
+suite: $(TEST)/ready
 	$(TEST)/bin/pytest --numprocesses 2 --dist loadfile
 
 clean:

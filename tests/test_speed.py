@@ -354,7 +354,7 @@ def test_runs_at_once_are_compared_with_one_after_the_other(
 
 
 def test_a_profile_is_of_all_of_a_step(toy: Workload, tmp_path: Path) -> None:
-    overrides = [*settings(toy, tmp_path), "training.max_steps=5", f"output.folder={tmp_path / 'run'}"]
+    overrides = [*settings(toy, tmp_path), "training.max_steps=5"]
     found = profile._one({"config": str(toy.file), "overrides": overrides, "steps": 2})
     assert list(found) == [*profile.KINDS, profile.OTHER, profile.CALLS]
     assert found["products of matrices"] > 0

@@ -1,6 +1,6 @@
 """Where the time of a step goes: operations of peftkit's own steps by kind, seen by torch's profiler.
 
-    python -m benchmarks.speed.profile '{"config": …, "overrides": […], "skip": 3}'
+    python -m benchmarks.speed.profile '{"config": …, "overrides": […], "steps": 12}'
 
 is the process of one training. Times are of the thread that trains, which waits for others in products and kernels; the
 profiler makes small operations longer, so that shares are what to read.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ def profiled(workload: Workload, steps: int, work: Path, results: Results) -> di
     found: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
         overrides = [*workload.settings("lora", steps + SKIPPED, work), f"backbone.dtype={dtype}"]
-        overrides.append(f"output.folder={work / 'profile'}")
         found[dtype] = answer("profile", {"config": str(workload.file), "overrides": overrides, "steps": steps})
         tell(f"{dtype}: " + ", ".join(f"{kind} {1e3 * took:.0f} ms" for kind, took in found[dtype].items()))
     results.set("seconds", found)
@@ -66,8 +66,6 @@ def by_kind(events: dict[str, float], wall: float) -> dict[str, float]:
 
 
 def _one(asked: dict[str, Any]) -> dict[str, float]:
-    import shutil
-
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from torch.profiler import ProfilerActivity, profile
 
@@ -86,10 +84,11 @@ def _one(asked: dict[str, Any]) -> dict[str, float]:
 
     handle = register_optimizer_step_post_hook(stepped)
     try:
-        trained_here(Path(asked["config"]), asked["overrides"], lambda model: None)
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [*asked["overrides"], f"output.folder={Path(folder) / 'run'}"]
+            trained_here(Path(asked["config"]), overrides, lambda model: None)
     finally:
         handle.remove()
-        shutil.rmtree(next(one.partition("=")[2] for one in asked["overrides"] if one.startswith("output.folder")))
     events = {one.key: one.self_cpu_time_total / 1e6 for one in profiler.key_averages()}
     return {kind: took / asked["steps"] for kind, took in by_kind(events, times[1] - times[0]).items()}
 

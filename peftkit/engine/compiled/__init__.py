@@ -22,7 +22,8 @@ from peftkit.errors import BackboneError
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 LIBRARIES = ("-lstdc++", "-lm")
-"""Named, because CXX may be a compiler of C, such as `gcc`, which takes C++ and leaves its library out."""
+"""Named, because CXX may be a compiler of C, which takes C++ and leaves its library out: peft's BOFT sets it to `gcc`,
+and does not set it back where CUDA is missing."""
 COMPILERS = ("g++", "c++", "clang++")
 
 
