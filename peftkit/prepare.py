@@ -88,10 +88,7 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
     train, dev = (
         encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
     )
-    try:
-        run.method.check_steps(run.training.total_steps(len(train.encoded)))
-    except MethodError as error:
-        raise UsageError(f"method: {error}") from error
+    _check_steps(run, train)
     test = encode_split(run, "test", splits.test, head, tokenizer) if splits.test is not None else dev
     notes = [
         *splits.notes,
@@ -103,6 +100,16 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         notes.append("no test split: the final figures are of dev, which chose the weights: read them with care")
     weights = run.task.class_weights(train.encoded, head.labels)
     return Prepared(train, dev, test, head, tokenizer, tuple(weights), tuple(notes))
+
+
+def require_fit(run: Run, data: Prepared) -> None:
+    """Refuse what the run cannot do with data that was prepared for another run of its task.
+
+    Raises:
+        UsageError: as `prepare` raises it.
+    """
+    check_method(run, data.head, data.tokenizer)
+    _check_steps(run, data.train)
 
 
 def check_method(run: Run, head: Head, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,6 +140,13 @@ def encode_split(
         raise DataError(f"{rows.source}: no row is left to {'learn from' if supervised else 'predict'}{_why(encoded)}")
     pad_id = int(tokenizer.pad_token_id or 0)
     return Split(name, rows, encoded, head.labels, pad_id, run.training.evaluation_batch_size, tokenizer)
+
+
+def _check_steps(run: Run, train: Split) -> None:
+    try:
+        run.method.check_steps(run.training.total_steps(len(train.encoded)))
+    except MethodError as error:
+        raise UsageError(f"method: {error}") from error
 
 
 def _check_length(run: Run, limit: int | None) -> None:

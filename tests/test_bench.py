@@ -402,7 +402,7 @@ class TestLaunch:
         grid = grid_of(tree, tmp_path)
         monkeypatch.setattr("peftkit.bench.processes.subprocess", Patched)
         said: list[str] = []
-        engine = Processes(2, said.append, math.inf)
+        engine = Processes(2, said.append, math.inf, fork=False)
         state = run_cells(list(cells(grid)), Store(tmp_path / "results"), engine, said.append)
         assert {found.state for _, found in state.cells} == {"stuck"}
         errors = {str(record.error) for record in state.records.values()}

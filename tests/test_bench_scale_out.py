@@ -160,7 +160,9 @@ class TestProcesses:
         monkeypatch.setattr(Worker, "make", finished)
         monkeypatch.setattr("peftkit.bench.memory.footprint", lambda run: Footprint(500 * MIB))
         said: list[str] = []
-        state = run_cells(list(cells(grid)), Store(folder), Processes(3, said.append, memory), lambda line: None)
+        state = run_cells(
+            list(cells(grid)), Store(folder), Processes(3, said.append, memory, fork=False), lambda line: None
+        )
         assert {found.state for _, found in state.cells} == {"done"}
         return max(counts), said
 
@@ -308,6 +310,7 @@ class TestCluster:
         for arguments, told in (
             (["--engine", "ray"], "error: --engine ray needs Ray: pip install 'peftkit[ray]'"),
             (["--ray-address", "auto"], "error: --ray-address goes with --engine ray"),
+            (["--engine", "ray", "--processes", "fresh"], "error: --processes goes with --engine local"),
             (["--memory", "much"], "error: --memory: 'much' is not an amount of memory such as 24GiB or 800MiB"),
         ):
             assert main([*run, *arguments]) == 2

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from benchmarks.speed.gate import NO_DROPOUT, Course, compared, engines, of_peft
 from benchmarks.speed.plan import is_made, make_plan, read_plan
 from benchmarks.speed.results import RESULTS, Results, medians
 from benchmarks.speed.rounds import Rounds
-from benchmarks.speed.together import together
+from benchmarks.speed.together import Way, held, together
 from benchmarks.speed.workloads import WORKLOADS, Workload
+from peftkit.bench.store import Cost, Record, Store
+from peftkit.bench.worker import Job
 from peftkit.config import load_run
 from peftkit.errors import JobError, UsageError
 
@@ -320,37 +325,66 @@ def test_gradients_of_the_first_steps_and_of_some_later_ones_are_compared() -> N
     assert max(chosen) == 195
 
 
-def test_runs_at_once_are_compared_with_one_after_the_other(
-    toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    asked: list[tuple[str, int]] = []
+class Made:
+    """In place of what makes runs: a record that says what each took."""
 
-    def train(config: Path, overrides: Sequence[str], threads: int) -> dict[str, Any]:
-        asked.append((overrides[-1], threads))
-        losses = [0.5, 0.25 + (1e-7 if threads == 1 and "0.0004" in overrides[-1] else 0.0)]
-        return {"tokens": 600, "seconds": 3.0 if threads == 2 else 5.0, "growth_bytes": 100 * threads, "losses": losses}
+    ending = False
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.asked = threads, []  # type: ignore[var-annotated]
+
+    def make(self, job: Job) -> tuple[int, str]:
+        self.asked.append(job.key.learning_rate)
+        cost = Cost(
+            seconds=3.0 if self.threads == 2 else 5.0, steps=2, tokens=600, tokens_per_second=200.0, peak_memory_bytes=1
+        )
+        losses = ((1, 0.5), (2, 0.25 + (1e-7 if self.threads == 1 and job.key.learning_rate == 4e-4 else 0.0)))
+        record = Record(id=job.id, key=job.key, status="finished", cost=cost, losses=losses)
+        Store(Path(job.folder)).add(record)
+        return 0, ""
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def test_runs_at_once_are_compared_with_one_after_the_other(toy: Workload, tmp_path: Path) -> None:
+    ways = {"one after the other": Way(1, 2, Made(2)), "together": Way(2, 1, Made(1))}
+    sizes = iter([*[100] * 2, *[150] * 20])
 
     def measure() -> dict[str, Any]:
         results = Results(tmp_path / "together-sst2.json", {"workload": "sst2", "runs": 4, "steps": 2})
         results.set("command", "python -m benchmarks.speed --together 4")
-        return together(toy, 4, 2, tmp_path, results, train)
+        return together(toy, 4, 2, tmp_path, results, ways, lambda: next(sizes))
 
     found = measure()
-    rates = [f"training.learning_rate={rate}" for rate in (1e-4, 2e-4, 4e-4, 8e-4)]
-    assert sorted(asked) == sorted([(rate, threads) for rate in rates for threads in (1, 2)])
+    asked = [sorted(one.maker.asked) for one in ways.values()]  # type: ignore[attr-defined]
+    assert asked == [[1e-4, 2e-4, 4e-4, 8e-4]] * 2
     assert found["one after the other"]["tokens_per_second"] == pytest.approx(4 * 600 / 12)
     assert found["together"]["tokens_per_second"] == pytest.approx(4 * 600 / 10)
     assert found["gain"] == pytest.approx(1.2)
-    assert found["memory"] == pytest.approx(1.0)
     assert found["largest_loss_difference"] == pytest.approx(1e-7)
     assert measure() == found
-    assert len(asked) == 8, "what is kept is not measured again"
+    assert [len(one.maker.asked) for one in ways.values()] == [4, 4], "what is kept is not measured again"  # type: ignore[attr-defined]
     page = report.page({}, tmp_path)
     (tmp_path / "together-wnut17.json").write_text(json.dumps({"asked": {}, "one after the other": {}}))
     assert report.page({}, tmp_path) == page, "what is not finished is not shown"
     assert "| sst2 | 4 | 2 | 1 | 240 |" in page
-    assert "1.20 times the speed, start-up left out, and 1.00 times the memory of one" in page
+    assert "1.20 times the speed, " in page
+
+
+def test_memory_that_processes_share_counts_once() -> None:
+    program = "import os, time; held = b'x' * (200 * 2**20); os.fork() and os.fork(); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        found = held(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+    # two of the three that share them
+    assert 2 / 3 * 200 * 2**20 < found < 2 / 3 * 250 * 2**20
 
 
 def test_a_profile_is_of_all_of_a_step(toy: Workload, tmp_path: Path) -> None:

@@ -198,14 +198,13 @@ def _at_once(found: dict[str, Any]) -> list[str]:
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for name, kept in found.items():
         for one in (kept["one after the other"], kept["together"]):
-            figures = (
-                f"{one['tokens_per_second']:,.0f} | {one['wall_seconds']:,.0f} | {one['growth_bytes'] / 2**20:,.0f}"
-            )
+            figures = f"{one['tokens_per_second']:,.0f} | {one['wall_seconds']:,.0f} | {one['held_bytes'] / 2**20:,.0f}"
             lines.append(f"| {name} | {kept['asked']['runs']} | {one['at_once']} | {one['threads']} | {figures} |")
     for kept in found.values():
         apart = f"losses differ by {kept['largest_loss_difference']:.1e} at most"
         gain = (
-            f"{kept['gain']:.2f} times the speed, start-up left out, and {kept['memory']:.2f} times the memory of one"
+            f"{kept['gain']:.2f} times the speed, {kept['gain_with_start']:.2f} with start-ups, and "
+            f"{kept['memory']:.2f} times the memory of one, libraries included"
         )
         lines += ["", f"`{kept['command']}`: {gain}; {apart}."]
     return lines

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--memory",
         metavar="SIZE",
         help="what all runs of this machine may take together, such as 24GiB (default: what is free)",
+    )
+    parser.add_argument(
+        "--processes",
+        choices=("forked", "fresh"),
+        help="in which runs of this machine are made: forks of one that holds libraries, data and weights (default on "
+        "Linux without a GPU), or fresh ones",
     )
     parser.add_argument(
         "--ray-address",
@@ -60,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.ray_address and options.engine != "ray":
         raise UsageError("--ray-address goes with --engine ray")
+    if options.processes and options.engine != "local":
+        raise UsageError("--processes goes with --engine local")
     store = Store(_folder(grid, options))
     with _engine(options) as engine:
         store.plan(planned_cells(grid))
@@ -89,7 +97,9 @@ def _engine(options: argparse.Namespace) -> Iterator[Engine]:
         return
     from peftkit.bench.processes import Processes, default_workers
 
-    yield Processes(options.workers or default_workers(), say, memory)
+    fork = options.processes != "fresh"
+    with closing(Processes(options.workers or default_workers(), say, memory, fork)) as engine:
+        yield engine
 
 
 def status(options: argparse.Namespace) -> None:

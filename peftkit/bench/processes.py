@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from peftkit.bench.forks import Forks
 from peftkit.bench.memory import Footprints, in_mib, startable, this_machine
 from peftkit.bench.store import Record, Store
 from peftkit.bench.worker import Job
@@ -18,6 +20,22 @@ TRIES = 2
 """Of a run whose process a signal killed; what fails by itself fails again."""
 TOLD = 2000
 """Characters of what a process that died wrote last."""
+
+
+class Maker(Protocol):
+    """Makes runs, each in a process that it alone is in; may be asked by several threads."""
+
+    ending: bool
+    """`end` was called."""
+
+    def make(self, job: Job) -> tuple[int, str]:
+        """Make a run to its end: the exit code of its process, negative for a signal, and what that wrote."""
+
+    def close(self) -> None:
+        """Let go of what was kept for more runs."""
+
+    def end(self) -> None:
+        """End all of them; what they had not finished is run again next time."""
 
 
 class Worker:
@@ -35,7 +53,7 @@ class Worker:
         self.ending = False
 
     def make(self, job: Job) -> tuple[int, str]:
-        """(exit code, what went wrong) of a process that makes the run."""
+        """Make a run, in a process that knows of no other."""
         environment = os.environ | {name: str(self._threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(
@@ -51,14 +69,11 @@ class Worker:
                 process.kill()
             process.communicate(job.model_dump_json().encode())
             self._running.discard(process)
-            code = process.returncode
-            if code >= 0:
-                log.seek(0)
-                lines = log.read().decode(errors="replace").strip()[-TOLD:]
-                return code, f"the process ended with {code}: {lines}"
-            name = signal.Signals(-code).name
-            hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
-            return code, f"the process was killed by {name}{hint}"
+            log.seek(0)
+            return process.returncode, log.read().decode(errors="replace")
+
+    def close(self) -> None:
+        """Nothing is left to be ended."""
 
     def end(self) -> None:
         """End all of them; what they had not finished is run again next time."""
@@ -70,18 +85,21 @@ class Worker:
 class Processes:
     """The engine `local`."""
 
-    def __init__(self, workers: int, say: Callable[[str], object], memory: float | None = None) -> None:
+    def __init__(
+        self, workers: int, say: Callable[[str], object], memory: float | None = None, fork: bool = True
+    ) -> None:
         """
         Args:
             workers: processes at a time, which share the processor's cores out.
             say: is told once that memory, and not `workers`, decides how many there are.
             memory: bytes that all of them may hold together; default: what is free when the first has started.
+            fork: let runs share libraries, data and weights, on Linux without a GPU.
         """
-        self.workers = workers
+        self.workers, self._fork = workers, fork
         self._memory, self._say = memory, say
         self._footprints = Footprints(say)
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        self._worker = Worker(["peftkit.bench.tethered", str(os.getpid())], threads)
+        self._maker: Maker | None = None
+        self._lock = threading.Lock()
         self._has_told = False
 
     def startable(self, pending: Iterable[Job], running: Sequence[Job]) -> Iterator[Job]:
@@ -98,23 +116,49 @@ class Processes:
         return this_machine().memory if self._memory is None else self._memory
 
     def work(self, job: Job, store: Store) -> None:
-        """Run a worker to its end; of one that died without a word a record says so."""
-        told = ""
+        """Make a run to its end; of one that died without a word a record says so."""
+        maker, code, said = self._chosen(), 0, ""
         for _ in range(TRIES):
-            code, told = self._worker.make(job)
-            if self._worker.ending or code == 0:
+            code, said = maker.make(job)
+            if maker.ending or code == 0:
                 return
             if code > 0:
                 break
-        store.add(died(job, told))
+        store.add(died(job, how_it_ended(code, said)))
+
+    def _chosen(self) -> Maker:
+        with self._lock:
+            if self._maker is None:
+                threads = max(1, (os.cpu_count() or 1) // self.workers)
+                # what is known of a GPU does not survive a fork
+                if self._fork and sys.platform == "linux" and this_machine().kind == "cpu":
+                    self._maker = Forks(threads, self.workers)
+                else:
+                    self._maker = Worker(["peftkit.bench.tethered", str(os.getpid())], threads)
+            return self._maker
 
     def learn(self, record: Record) -> None:
         """From what a run held, how much others of its cell will."""
         self._footprints.add(record)
 
+    def close(self) -> None:
+        """Let go of what was kept for more runs."""
+        if self._maker is not None:
+            self._maker.close()
+
     def end(self) -> None:
         """Kill all of them."""
-        self._worker.end()
+        if self._maker is not None:
+            self._maker.end()
+
+
+def how_it_ended(code: int, said: str) -> str:
+    """What went wrong, by the exit code of a process and what it wrote."""
+    if code >= 0:
+        return f"the process ended with {code}: {said.strip()[-TOLD:]}"
+    name = signal.Signals(-code).name
+    hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
+    return f"the process was killed by {name}{hint}"
 
 
 def died(job: Job, told: str) -> Record:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftkit.backbones.bundled import cache_folder
 from peftkit.bench.probes import listed
-from peftkit.bench.processes import Worker
+from peftkit.bench.processes import Worker, how_it_ended
 from peftkit.bench.source import source_sha256
 from peftkit.bench.store import ANSWERS, Answers, Record, Store
 from peftkit.bench.worker import Job
@@ -67,13 +67,13 @@ def make(text: str, threads: int, asked: Origin) -> Reply:
         probes = cache_folder() / PROBES  # which runs of this machine share
         probes.mkdir(parents=True, exist_ok=True)
         (Path(folder) / PROBES).symlink_to(probes)
-        code, told = Worker(["peftkit.bench.tethered", str(os.getpid())], threads).make(
+        code, said = Worker(["peftkit.bench.tethered", str(os.getpid())], threads).make(
             job.model_copy(update={"folder": folder})
         )
         store = Store(Path(folder))
         record = store.find(job.id)
         if record is None:
-            return Reply(exit_code=code, told=f"{told} (on {platform.node()})")
+            return Reply(exit_code=code, told=f"{how_it_ended(code, said)} (on {platform.node()})")
         answers = store.answers(job.id).model_dump_json() if (store.folder / ANSWERS).is_dir() else ""
         return Reply(record.model_dump_json(), answers)
 

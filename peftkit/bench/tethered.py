@@ -20,8 +20,13 @@ EVERY = 0.5
 
 def main() -> None:
     """Do the job of standard input for as long as the process of that number is this one's parent."""
-    threading.Thread(target=_end_without, args=(int(sys.argv[1]),), daemon=True).start()
+    tether(int(sys.argv[1]))
     worker.main()
+
+
+def tether(parent: int) -> None:
+    """End this process once that of that number is no more its parent."""
+    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
 
 
 def _end_without(parent: int) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftkit.backbones.load import Backbone
+    from peftkit.bench.common import Common
     from peftkit.bench.probe import Forgotten
     from peftkit.data.sources import Splits
     from peftkit.prepare import Prepared
@@ -70,20 +71,28 @@ class Job(Section):
 
 
 def main() -> None:
-    """Do the job that standard input describes, unless somebody else has done it meanwhile."""
+    """Do the job that standard input describes."""
+    make(Job.model_validate_json(sys.stdin.read()))
+
+
+def make(job: Job, common: Common | None = None) -> None:
+    """Do a job and keep what came of it, unless somebody else has done it meanwhile.
+
+    Args:
+        common: what this process and others have of data and weights already.
+    """
     from filelock import FileLock
 
-    job = Job.model_validate_json(sys.stdin.read())
     store = Store(Path(job.folder))
     locks = store.folder / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / job.id):
         if store.find(job.id) is None:
-            store.add(*outcome(job))
+            store.add(*outcome(job, common))
     (locks / job.id).unlink(missing_ok=True)
 
 
-def outcome(job: Job) -> tuple[Record, Answers | None]:
+def outcome(job: Job, common: Common | None = None) -> tuple[Record, Answers | None]:
     """What came of a job; errors that say what is wrong with it are an outcome too."""
     from peftkit.environment import describe
     from peftkit.training.shortage import is_shortage
@@ -97,29 +106,35 @@ def outcome(job: Job) -> tuple[Record, Answers | None]:
     }
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return _done(job, in_folder(job.run, str(Path(folder) / "run")), known)
+            return _done(job, in_folder(job.run, str(Path(folder) / "run")), known, common)
     except (PeftkitError, RuntimeError, MemoryError) as error:
         short = is_shortage(error) or (error.__cause__ is not None and is_shortage(error.__cause__))
         told = {"status": "out_of_memory" if short else "failed", "error": f"{type(error).__name__}: {error}"}
         return Record(**known, **told), None
 
 
-def _done(job: Job, run: Run, known: dict[str, Any]) -> tuple[Record, Answers | None]:
+def _done(job: Job, run: Run, known: dict[str, Any], common: Common | None) -> tuple[Record, Answers | None]:
     from peftkit.artifacts.store import save, saved_parameters
     from peftkit.backbones.load import load
     from peftkit.demonstrations import lacking, with_demonstrations
     from peftkit.evaluation import evaluate
     from peftkit.methods.base import inside, numel, trained_parameters
-    from peftkit.prepare import prepare
+    from peftkit.prepare import prepare, require_fit
     from peftkit.session import start
     from peftkit.training.loop import train
 
-    splits = _rows(job, run)
-    if lacking(run):
-        run = with_demonstrations(run, splits)
-    accelerator = start(run)
-    data = prepare(run, splits)
+    if data := common.data(job) if common else None:
+        accelerator = start(run)
+        require_fit(run, data)
+    else:
+        splits = rows_of(job)
+        if lacking(run):
+            run = with_demonstrations(run, splits)
+        accelerator = start(run)
+        data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
+    if common:
+        common.share_weights(backbone.model)
     final, figure = job.key.phase == "final", job.key.score
     others = {name: other_split(name, one, run, data) for name, one in job.elsewhere.items()} if final else {}
     forgotten = _probe(job, run, backbone, accelerator) if final else None
@@ -171,11 +186,12 @@ def _tried(
     return _cost(record, seconds, len(data.dev)), answers_of(task, data.dev, found)
 
 
-def _rows(job: Job, run: Run) -> Splits:
+def rows_of(job: Job) -> Splits:
     """Without test for a trial, which must not read it; with as many rows of train as the budget says."""
-    splits = run.task.splits()
+    task = job.run.task
+    splits = task.splits()
     if job.key.budget != "all":
-        train = sampled(splits.train, int(job.key.budget), run.task.label_column(), job.key.seed)
+        train = sampled(splits.train, int(job.key.budget), task.label_column(), job.key.seed)
         splits = replace(splits, train=train)
     if job.key.phase == "final":
         return splits

@@ -99,6 +99,7 @@ class Conduct:
         try:
             run_jobs(self._pending, self.store, engine, self._told, deadline=deadline)
         finally:
+            engine.close()
             self._keep()
         if not self.state.rungs:
             raise UsageError(self._too_short())
