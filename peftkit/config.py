@@ -111,6 +111,8 @@ class OutputSettings(Section):
     `data`, `backbone.weights` or `processes`."""
     trackers: tuple[str, ...] = ()
     """Accelerate's trackers by name, such as tensorboard."""
+    keep_tokens: bool = True
+    """Keep the tokens of splits of 20,000 rows and more in the cache folder, for the next run over them."""
 
 
 class Run(Section):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,19 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what a run computes; `missing` for one that is not installed."""
     return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def sources_sha256(*parts: str) -> str:
+    """Sixteen hex digits: a hash of modules and folders of this package, by their paths in it."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in parts:
+        place = root / part
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str:

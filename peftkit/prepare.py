@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from peftkit import token_cache
 from peftkit.backbones.causal import refuse_unpackable
 from peftkit.backbones.layouts import layout_for
 from peftkit.backbones.load import Head, chosen_config, load_tokenizer, longest_input, meta_model, resolve_config
@@ -64,9 +65,15 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is trained and selected on: tokens, labels and their order."""
-        examples = [self.head.labels, self.train.encoded.examples, self.dev.encoded.examples]
-        return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
+        """A hash of what is trained and selected on, as JSON: tokens, labels and their order."""
+        digest = hashlib.sha256(f"[{json.dumps(self.head.labels)}".encode())
+        for split in (self.train, self.dev):  # one example after the other: as lists all at once take gigabytes
+            digest.update(b", [")
+            for index, example in enumerate(split.encoded.examples):
+                digest.update(f"{', ' if index else ''}{json.dumps(example)}".encode())
+            digest.update(b"]")
+        digest.update(b"]")
+        return digest.hexdigest()[:16]
 
 
 def prepare(run: Run, splits: Splits | None = None) -> Prepared:
@@ -86,10 +93,11 @@ def prepare(run: Run, splits: Splits | None = None) -> Prepared:
         add_to_tokenizer(tokenizer, head.new_tokens)
     check_method(run, head, tokenizer)
     train, dev = (
-        encode_split(run, name, rows, head, tokenizer) for name, rows in (("train", splits.train), ("dev", splits.dev))
+        encode_split(run, name, rows, head, tokenizer, keeps=True)
+        for name, rows in (("train", splits.train), ("dev", splits.dev))
     )
     _check_steps(run, train)
-    test = encode_split(run, "test", splits.test, head, tokenizer) if splits.test is not None else dev
+    test = encode_split(run, "test", splits.test, head, tokenizer, keeps=True) if splits.test is not None else dev
     notes = [
         *splits.notes,
         *(note for split in {train.name: train, test.name: test}.values() for note in _losses(run.task, split)),
@@ -131,10 +139,23 @@ def _augmented(task: Task, splits: Splits) -> Splits:
 
 
 def encode_split(
-    run: Run, name: str, rows: Rows, head: Head, tokenizer: PreTrainedTokenizerBase, supervised: bool = True
+    run: Run,
+    name: str,
+    rows: Rows,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase,
+    supervised: bool = True,
+    keeps: bool = False,
 ) -> Split:
-    """Rows with their token ids, and label ids when `supervised`."""
-    encoded = run.task.encode(rows, tokenizer, head.labels, supervised)
+    """Rows with their token ids, and label ids when `supervised`.
+
+    Args:
+        keeps: keep what was encoded for other runs, where the rows are many and `output.keep_tokens` says so.
+    """
+    if keeps and run.output.keep_tokens and len(rows) >= token_cache.MANY:
+        encoded = token_cache.encoded(run.task, rows, tokenizer, head.labels, supervised)
+    else:
+        encoded = run.task.encode(rows, tokenizer, head.labels, supervised)
     _refuse_dropped(name, rows, encoded)
     if not encoded.examples:
         raise DataError(f"{rows.source}: no row is left to {'learn from' if supervised else 'predict'}{_why(encoded)}")

@@ -20,11 +20,11 @@ from grids import grid_of, run_here, toy_tree
 from benchmarks.bench_ray import comparable
 from peftkit.backbones.load import BEFORE, Backbone, load
 from peftkit.bench.cells import cells
-from peftkit.bench.common import Common
 from peftkit.bench.forks import Forks
 from peftkit.bench.grid import Grid
 from peftkit.bench.launch import job_of, run_cells
 from peftkit.bench.processes import TRIES, Processes
+from peftkit.bench.shared import Shared
 from peftkit.bench.store import Store
 from peftkit.bench.worker import Job, outcome
 from peftkit.memory import resident_bytes
@@ -161,15 +161,15 @@ class TestCommon:
         return a_job(grid, tmp_path)
 
     def test_data_is_that_of_runs_alike_and_of_no_others(self, grid: Grid, job: Job) -> None:
-        common = Common(with_weights=False)
-        assert common.data(job) is None
-        common.make_ready(job)
-        data = common.data(job)
+        shared = Shared(with_weights=False)
+        assert shared.data(job) is None
+        shared.make_ready(job)
+        data = shared.data(job)
         assert data is not None
         assert data.test is data.dev  # a trial has no test
         lora = next(one for one in cells(grid) if one.method == "lora")
-        assert common.data(job_of(lora.trial(1e-3), grid, Path(job.folder))) is data
-        assert common.data(job_of(lora.final(1, 1e-3), grid, Path(job.folder))) is None
+        assert shared.data(job_of(lora.trial(1e-3), grid, Path(job.folder))) is data
+        assert shared.data(job_of(lora.final(1, 1e-3), grid, Path(job.folder))) is None
         task, key, training = job.run.task, job.key, job.run.training
         others: list[dict[str, Any]] = [
             {"dev_rows": 3},
@@ -179,24 +179,24 @@ class TestCommon:
         ]
         for changes in others:
             other = job.model_copy(update=changes)
-            assert common.data(other) is None
-            common.make_ready(other)
-            assert common.data(other) not in (None, data)
+            assert shared.data(other) is None
+            shared.make_ready(other)
+            assert shared.data(other) not in (None, data)
         seeds = [
             job.model_copy(update={"key": key.model_copy(update={"budget": "4", "seed": seed})}) for seed in (7, 8)
         ]
         for one in seeds:
-            common.make_ready(one)
-        first, second = (common.data(one) for one in seeds)
+            shared.make_ready(one)
+        first, second = (shared.data(one) for one in seeds)
         assert first is not None
         assert second is not None
         assert first.fingerprint != second.fingerprint
-        assert common.data(job) is None  # the one that was not asked for the longest
+        assert shared.data(job) is None  # the one that was not asked for the longest
 
     def test_weights_are_read_where_they_are(self, job: Job) -> None:
-        common = Common()
-        common.make_ready(job)
-        data = common.data(job)
+        shared = Shared()
+        shared.make_ready(job)
+        data = shared.data(job)
         assert data is not None
 
         def loaded() -> tuple[Backbone, torch.Tensor]:
@@ -207,10 +207,10 @@ class TestCommon:
         backbone, drawn_again = loaded()
         assert drawn == drawn_again
         before = getattr(backbone.model, BEFORE)
-        common.share_weights(backbone.model)
+        shared.lend_weights(backbone.model)
         pairs = list(zip(alone.model.named_parameters(), backbone.model.parameters(), strict=True))
         assert all(torch.equal(one, other) for (_, one), other in pairs)
-        held = {one.data_ptr() for one in common._weights.values()}
+        held = {one.data_ptr() for one in shared._weights.values()}
         apart = {name for (name, _), other in pairs if other.data_ptr() not in held}
         assert apart == {"classifier.weight"}  # which each run draws; a bias of zeros is the same for all
         size = sum(other.nbytes for (name, _), other in pairs if name not in apart)

@@ -40,7 +40,7 @@ LAYERS = (
         "peftkit.planning",
         "peftkit.audit",
     ),
-    ("peftkit.demonstrations",),
+    ("peftkit.demonstrations", "peftkit.token_cache"),
     ("peftkit.config", "peftkit.config_problems"),
     ("peftkit.methods", "peftkit.tasks"),
     (

@@ -122,7 +122,7 @@ def _compared(saved: SavedRun, folder: Path, rows: Rows) -> BundleReport:
         _in_another_process(folder, Path(work))
         after = load_file(Path(work) / LOGITS)["logits"]
         read = json.loads((Path(work) / EXAMPLES).read_text(encoding="utf-8"))
-    if read != json.loads(json.dumps(split.encoded.examples)):
+    if read != json.loads(json.dumps(list(split.encoded.examples))):
         raise ArtifactError("the bundle's tokenizer reads texts otherwise than the run's; nothing was written")
     same = before.shape == after.shape and not torch.isnan(before).any()
     report = BundleReport(

@@ -33,7 +33,7 @@ def main(folder: Path, work: Path) -> None:
     asked = json.loads((work / ROWS).read_text(encoding="utf-8"))
     saved = load_run(folder)
     split = encoded(saved, Rows(asked["source"], asked["records"], range(1, len(asked["records"]) + 1)))
-    (work / EXAMPLES).write_text(json.dumps(split.encoded.examples), encoding="utf-8")
+    (work / EXAMPLES).write_text(json.dumps(list(split.encoded.examples)), encoding="utf-8")
     save_file({"logits": compared_logits(saved, split)}, work / LOGITS)
 
 

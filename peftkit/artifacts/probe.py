@@ -55,7 +55,7 @@ def encoded_probe(run: Run, rows: Rows, head: Head, tokenizer: PreTrainedTokeniz
 
 def examples_sha256(split: Split) -> str:
     """A hash of the token ids and labels of a split, and of the order of the labels."""
-    return hashlib.sha256(json.dumps([split.labels, split.encoded.examples]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([split.labels, list(split.encoded.examples)]).encode()).hexdigest()
 
 
 def ask(model: nn.Module, run: Run, split: Split, scored: bool, examples: int | None = None) -> Answers:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import IO, TYPE_CHECKING, Any
 
 from peftkit.bench import worker
-from peftkit.bench.common import Common
+from peftkit.bench.shared import Shared
 from peftkit.bench.tethered import tether
 from peftkit.console import guard
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Fork for each job that comes, until None does, or there is nobody who could send one."""
     number, at_once = map(int, sys.argv[1:])
-    channel, common = Connection(number), Common(with_weights=at_once > 1)
+    channel, shared = Connection(number), Shared(with_weights=at_once > 1)
     threads = _load_libraries()
     running: dict[int, tuple[str, BaseProcess, IO[bytes]]] = {}
     while True:
@@ -44,9 +44,9 @@ def main() -> None:
             if text is None:
                 return
             job = worker.Job.model_validate_json(text)
-            common.make_ready(job)
+            shared.make_ready(job)
             log = tempfile.TemporaryFile()  # noqa: SIM115 - closed once it is read
-            process = get_context("fork").Process(target=_make, args=(job, common, threads, channel, log))
+            process = get_context("fork").Process(target=_make, args=(job, shared, threads, channel, log))
             process.start()
             running[process.sentinel] = job.id, process, log
 
@@ -68,7 +68,7 @@ def _load_libraries() -> int:
     return threads
 
 
-def _make(job: worker.Job, common: Common, threads: int, channel: Any, log: IO[bytes]) -> None:
+def _make(job: worker.Job, shared: Shared, threads: int, channel: Any, log: IO[bytes]) -> None:
     """Do a job, in the fork."""
     import torch
 
@@ -77,7 +77,7 @@ def _make(job: worker.Job, common: Common, threads: int, channel: Any, log: IO[b
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
     torch.set_num_threads(threads)
-    if code := guard(lambda: worker.make(job, common)):
+    if code := guard(lambda: worker.make(job, shared)):
         sys.exit(code)
 
 

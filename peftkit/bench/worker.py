@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftkit.backbones.load import Backbone
-    from peftkit.bench.common import Common
     from peftkit.bench.probe import Forgotten
+    from peftkit.bench.shared import Shared
     from peftkit.data.sources import Splits
     from peftkit.prepare import Prepared
     from peftkit.training.record import TrainRecord
@@ -75,11 +75,11 @@ def main() -> None:
     make(Job.model_validate_json(sys.stdin.read()))
 
 
-def make(job: Job, common: Common | None = None) -> None:
+def make(job: Job, shared: Shared | None = None) -> None:
     """Do a job and keep what came of it, unless somebody else has done it meanwhile.
 
     Args:
-        common: what this process and others have of data and weights already.
+        shared: what this process and others have of data and weights already.
     """
     from filelock import FileLock
 
@@ -88,11 +88,11 @@ def make(job: Job, common: Common | None = None) -> None:
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / job.id):
         if store.find(job.id) is None:
-            store.add(*outcome(job, common))
+            store.add(*outcome(job, shared))
     (locks / job.id).unlink(missing_ok=True)
 
 
-def outcome(job: Job, common: Common | None = None) -> tuple[Record, Answers | None]:
+def outcome(job: Job, shared: Shared | None = None) -> tuple[Record, Answers | None]:
     """What came of a job; errors that say what is wrong with it are an outcome too."""
     from peftkit.environment import describe
     from peftkit.training.shortage import is_shortage
@@ -106,14 +106,14 @@ def outcome(job: Job, common: Common | None = None) -> tuple[Record, Answers | N
     }
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return _done(job, in_folder(job.run, str(Path(folder) / "run")), known, common)
+            return _done(job, in_folder(job.run, str(Path(folder) / "run")), known, shared)
     except (PeftkitError, RuntimeError, MemoryError) as error:
         short = is_shortage(error) or (error.__cause__ is not None and is_shortage(error.__cause__))
         told = {"status": "out_of_memory" if short else "failed", "error": f"{type(error).__name__}: {error}"}
         return Record(**known, **told), None
 
 
-def _done(job: Job, run: Run, known: dict[str, Any], common: Common | None) -> tuple[Record, Answers | None]:
+def _done(job: Job, run: Run, known: dict[str, Any], shared: Shared | None) -> tuple[Record, Answers | None]:
     from peftkit.artifacts.store import save, saved_parameters
     from peftkit.backbones.load import load
     from peftkit.demonstrations import lacking, with_demonstrations
@@ -123,7 +123,7 @@ def _done(job: Job, run: Run, known: dict[str, Any], common: Common | None) -> t
     from peftkit.session import start
     from peftkit.training.loop import train
 
-    if data := common.data(job) if common else None:
+    if data := shared.data(job) if shared else None:
         accelerator = start(run)
         require_fit(run, data)
     else:
@@ -133,8 +133,8 @@ def _done(job: Job, run: Run, known: dict[str, Any], common: Common | None) -> t
         accelerator = start(run)
         data = prepare(run, splits)
     backbone = load(run.backbone, data.head)
-    if common:
-        common.share_weights(backbone.model)
+    if shared:
+        shared.lend_weights(backbone.model)
     final, figure = job.key.phase == "final", job.key.score
     others = {name: other_split(name, one, run, data) for name, one in job.elsewhere.items()} if final else {}
     forgotten = _probe(job, run, backbone, accelerator) if final else None

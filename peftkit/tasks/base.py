@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from peftkit.backbones.load import Head
+from peftkit.data.arrays import Table
 from peftkit.data.augment import AnyAugmentation
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
@@ -37,7 +38,7 @@ Prediction = dict[str, Any]
 class Encoded:
     """Token ids of one split. An example is what goes through the model at once: a row, or a window of one."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     truncated: int
     """Rows cut at the maximum length."""
     owners: Sequence[int] | None = None
@@ -57,6 +58,8 @@ class Encoded:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
+        if isinstance(self.examples, Table):
+            return self.examples.columns["input_ids"].lengths()
         return [len(example["input_ids"]) for example in self.examples]
 
 

@@ -1,4 +1,4 @@
-"""What runs have in common, made once by a process that forks one for each of them: encoded data and weights.
+"""What runs share, made once by a process that forks one for each of them: encoded data and weights.
 
 A fork reads its parent's memory where it lies, and has a copy only of what it writes; so nothing that a run does with
 what it was given reaches another.
@@ -22,7 +22,7 @@ KEPT = 4
 """Prepared data that are kept: trials, which do not have test, and final runs of two data sets."""
 
 
-class Common:
+class Shared:
     """Data and weights of the runs that were made ready last."""
 
     def __init__(self, with_weights: bool = True) -> None:
@@ -54,18 +54,18 @@ class Common:
         """Prepared data that are those of a job; None where there are none."""
         return self._data.get(_key(job))
 
-    def share_weights(self, model: nn.Module) -> None:
+    def lend_weights(self, model: nn.Module) -> None:
         """Let a model that was just loaded read its weights here, as far as they are the same, and drop its own."""
         import torch
 
-        shared = 0
+        lent = 0
         for name, own in model.named_parameters():
             here = self._weights.get(name)
             if here is not None and here.dtype == own.dtype and torch.equal(here, own):
                 own.data = here
-                shared += here.numel() * here.element_size()
+                lent += here.numel() * here.element_size()
         # they count as the run's own, as in a process that has loaded them, and what was dropped does not
-        setattr(model, BEFORE, getattr(model, BEFORE) - shared)
+        setattr(model, BEFORE, getattr(model, BEFORE) - lent)
         reset_peak()
 
     def _load(self, settings: BackboneSettings, head: Head) -> None:
