@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,7 +24,7 @@ from peftkit.bench.cells import cells
 from peftkit.bench.forks import Forks
 from peftkit.bench.grid import Grid
 from peftkit.bench.launch import job_of, run_cells
-from peftkit.bench.processes import TRIES, Processes
+from peftkit.bench.processes import TRIES, Processes, Worker
 from peftkit.bench.shared import Shared
 from peftkit.bench.store import Store
 from peftkit.bench.worker import Job, outcome
@@ -141,6 +142,16 @@ class TestForks:
         (record,) = Store(tmp_path).records()
         assert record.error == outcome(job.model_copy(update={"run": run}))[0].error
         assert "broken.jsonl" in str(record.error)
+
+    @pytest.mark.parametrize(
+        ("kind", "fork", "expected"), [("cpu", True, Forks), ("gpu", True, Worker), ("cpu", False, Worker)]
+    )
+    def test_where_runs_are_forked(
+        self, kind: str, fork: bool, expected: type, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a process knows of a GPU does not survive a fork."""
+        monkeypatch.setattr("peftkit.bench.processes.this_machine", lambda: SimpleNamespace(kind=kind))
+        assert type(Processes(2, print, math.inf, fork)._chosen()) is expected
 
     def test_a_resident_that_cannot_start_is_told(
         self, grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
