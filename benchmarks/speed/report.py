@@ -201,7 +201,9 @@ def _at_once(found: dict[str, Any]) -> list[str]:
             figures = f"{one['tokens_per_second']:,.0f} | {one['wall_seconds']:,.0f} | {one['held_bytes'] / 2**20:,.0f}"
             lines.append(f"| {name} | {kept['asked']['runs']} | {one['at_once']} | {one['threads']} | {figures} |")
     for kept in found.values():
-        apart = f"losses differ by {kept['largest_loss_difference']:.1e} at most"
+        apart = "losses differ, from the lowest rate to the highest, by at most " + ", ".join(
+            f"{one:.0e}" for one in kept["largest_loss_differences"]
+        )
         gain = (
             f"{kept['gain']:.2f} times the speed, {kept['gain_with_start']:.2f} with start-ups, and "
             f"{kept['memory']:.2f} times the memory of one, libraries included"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,9 @@ def together(
         parts = [results.kept[f"{name}, from run {first + 1}"] for first in range(0, count, most)]
         results.set(name, {"at_once": way.at_once, "threads": way.threads} | _all(parts))
     alone, all_at_once = (results.kept[name] for name in chosen)
-    losses = [list(chain.from_iterable(one["losses"])) for one in (alone, all_at_once)]
-    results.set("largest_loss_difference", max(abs(a - b) for a, b in zip(*losses, strict=True)))
+    pairs = zip(alone["losses"], all_at_once["losses"], strict=True)
+    differences = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    results.set("largest_loss_differences", differences)
     results.set("memory", all_at_once["held_bytes"] / alone["held_bytes"])
     results.set("gain", all_at_once["tokens_per_second"] / alone["tokens_per_second"])
     results.set("gain_with_start", alone["wall_seconds"] / all_at_once["wall_seconds"])
