@@ -143,6 +143,41 @@ def test_stock_and_peftkit_complete_alike(completions: Path, tmp_path: Path) -> 
     assert compared(of_stock(tmp_path / "plan", STEPS), course)["passes"]
 
 
+def test_the_gate_goes_on_where_it_stopped(toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def train(module: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if len(made) == 4:
+            made.append({})
+            raise JobError("out of time")
+        made.append(asked)
+        losses = np.array([1.0, 0.5]) + (1e-3 if "bfloat16" in str(asked) else 0.0) + 1e-6 * (asked["kind"] != "stock")
+        Path(asked["folder"]).mkdir(parents=True, exist_ok=True)
+        Course(losses, np.ones((2, 3), np.float32), 7).save(Path(asked["file"]))
+        return {}
+
+    monkeypatch.setattr(gate, "answer", train)
+
+    def results() -> Results:
+        return Results(tmp_path / "gate-sst2.json", {"workload": "sst2", "steps": 2, "batch": BATCH})
+
+    with pytest.raises(JobError):
+        gate.gate(toy, 2, BATCH, tmp_path, results())
+    found = gate.gate(toy, 2, BATCH, tmp_path, results())
+    settings = found["settings"]
+    assert list(settings) == [
+        BASE, *gate.engines(), f"{BASE}, one thread", f"{BASE}, bfloat16", "all together, bfloat16",
+    ]  # fmt: skip
+    assert len(made) == len(settings) + 1
+    assert found["passes"]
+    assert [name for name, one in settings.items() if not one["is_gated"]] == list(settings)[-3:]
+    assert not settings[f"{BASE}, bfloat16"]["passes"]
+    assert settings["fused_lora"]["largest_loss_difference"] == pytest.approx(1e-6)
+    assert sum(one.get("threads") == 1 for one in made) == 1
+    assert gate.gate(toy, 2, BATCH, tmp_path, results()) == found
+    assert len(made) == len(settings) + 1
+
+
 def test_the_gate_sees_a_wrong_loss_and_a_turned_gradient() -> None:
     right = Course(np.array([1.0, 0.9]), np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32), 10)
     assert compared(right, right)["passes"]

@@ -71,14 +71,15 @@ def _measure(options: argparse.Namespace, work: Path) -> None:
 
 
 def _gate(options: argparse.Namespace, work: Path) -> None:
-    found = gate(WORKLOADS[options.workload], options.steps, options.batch, work)
-    arguments = f"--gate --workload {options.workload} --steps {options.steps}"
-    arguments += f" --batch {options.batch}" if options.batch else ""
-    kept = Results(options.results / "gate.json", {"gate": "losses and gradients"})
-    kept.set(options.workload, {"command": _command(arguments)} | found)
+    workload = WORKLOADS[options.workload]
+    asked = {"workload": workload.name, "steps": options.steps, "batch": options.batch or workload.batch}
+    kept = Results(options.results / f"gate-{workload.name}.json", asked)
+    arguments = f"--gate --workload {workload.name} --steps {options.steps}"
+    kept.set("command", _command(arguments + (f" --batch {options.batch}" if options.batch else "")))
+    found = gate(workload, options.steps, options.batch, work, kept)
     if not found["passes"]:
         failed = [name for name, one in found["settings"].items() if one["is_gated"] and not one["passes"]]
-        raise JobError(f"not what stock computes: {', '.join(failed)}; {options.results / 'gate.json'} has the figures")
+        raise JobError(f"not what stock computes: {', '.join(failed)}; {kept.file} has the figures")
 
 
 def _together(options: argparse.Namespace, work: Path) -> None:

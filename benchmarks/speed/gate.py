@@ -2,8 +2,8 @@
 
 Without dropout, from the same weights, over the same batches, with the same optimizer and schedule: Trainer + peft in
 float32 is the reference. In float32 every loss must be within LOSS of its loss, and every gradient that is compared
-must have a cosine above COSINE with its gradient. What bfloat16 makes of the same training, in both tools, is measured
-and kept, and is no reason to fail.
+must have a cosine above COSINE with its gradient. Measured and kept, and no reason to fail: what bfloat16 makes of the
+same training, in both tools, and what Trainer + peft itself makes of it with one thread, which is its own rounding.
 
     python -m benchmarks.speed.gate '{"kind": "stock", …, "file": …}'
 
@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed import stock
-from benchmarks.speed.arms import DTYPE
+from benchmarks.speed.arms import BASE, DTYPE
 from benchmarks.speed.plan import make_plan
 from benchmarks.speed.processes import answer
+from benchmarks.speed.results import Results
 from benchmarks.speed.rounds import tell
 from benchmarks.speed.workloads import Workload
 from peftkit.environment import describe
@@ -47,7 +48,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "compiled_attention": {"padding_free": True, "attention": "auto", "compiled_attention": True},
     "fast_dropout": {"fast_dropout": True},
 }
-TOGETHER = "all together"
+TOGETHER, ONE_THREAD = "all together", "one thread"
+REFERENCE = "reference.npz"
 
 
 @dataclass
@@ -182,33 +184,36 @@ def engines() -> dict[str, dict[str, Any]]:
     return {name: PLAIN | changes for name, changes in ALONE.items()} | {TOGETHER: {}}
 
 
-def gate(workload: Workload, steps: int, batch: int | None, work: Path) -> dict[str, Any]:
-    """Compare every technique of a workload; what each came to, and `passes` of all in float32."""
+def gate(workload: Workload, steps: int, batch: int | None, work: Path, results: Results) -> dict[str, Any]:
+    """Compare every technique of a workload; what each came to, and `passes` of all in float32. What is kept is not
+    made again."""
     settings = (*workload.settings("lora", steps, work, batch), *NO_DROPOUT, "training.keep_best=false")
     folder = work / "gate" / workload.name
     single, half = (*settings, f"{DTYPE}float32"), (*settings, f"{DTYPE}bfloat16")
     asked: dict[str, dict[str, Any]] = {
-        "Trainer + peft": {"kind": "stock", "overrides": single},
+        BASE: {"kind": "stock", "overrides": single},
         **{name: {"overrides": (*single, _override(engine))} for name, engine in engines().items()},
-        "Trainer + peft, bfloat16": {"kind": "stock", "overrides": single, "is_bfloat16": True},
+        f"{BASE}, {ONE_THREAD}": {"kind": "stock", "overrides": single, "threads": 1},
+        f"{BASE}, bfloat16": {"kind": "stock", "overrides": single, "is_bfloat16": True},
         f"{TOGETHER}, bfloat16": {"overrides": half},
     }
-    found: dict[str, Any] = {}
-    reference: Course | None = None
+    found: dict[str, Any] = results.kept.setdefault("settings", {})
+    results.set("environment", describe())
     for name, one in asked.items():
-        file = folder / "course.npz"
+        if name in found and (name != BASE or (folder / REFERENCE).exists() or asked.keys() <= found.keys()):
+            continue
+        file = folder / (REFERENCE if name == BASE else "course.npz")
         common = {"kind": "peftkit", "config": str(workload.file), "steps": steps, "folder": str(folder)}
         answer("gate", common | one | {"file": str(file)})
         course = Course.read(file)
-        reference = reference or course
-        found[name] = compared(reference, course) | {"losses": [round(float(loss), 7) for loss in course.losses]}
-        found[name]["is_gated"] = "bfloat16" not in name
+        found[name] = compared(Course.read(folder / REFERENCE), course)
+        found[name] |= {"losses": [round(float(loss), 7) for loss in course.losses]}
+        found[name]["is_gated"] = not name.endswith((ONE_THREAD, "bfloat16"))
+        results.write()
         shown = found[name]
         tell(f"{name}: losses within {shown['largest_loss_difference']:.1e}, cosine {shown['least_cosine']:.7f}")
-    passes = all(one["passes"] for one in found.values() if one["is_gated"])
-    return {"steps": steps, "batch": batch or workload.batch, "environment": describe(), "passes": passes} | {
-        "settings": found
-    }
+    results.set("passes", all(one["passes"] for one in found.values() if one["is_gated"]))
+    return results.kept
 
 
 def _override(engine: dict[str, Any]) -> str:
@@ -216,7 +221,10 @@ def _override(engine: dict[str, Any]) -> str:
 
 
 def _one(asked: dict[str, Any]) -> None:
+    import torch
+
     config, folder, steps = Path(asked["config"]), Path(asked["folder"]), asked["steps"]
+    torch.set_num_threads(asked.get("threads", torch.get_num_threads()))
     folder.mkdir(parents=True, exist_ok=True)
     if asked["kind"] == "stock":
         make_plan(config, asked["overrides"], folder / "plan")

@@ -61,12 +61,10 @@ def page(kept: dict[str, Any], results: Path) -> str:
         lines += ["", "## What was aimed at", "", *targets(kept)]
     for name, one in kept.items():
         lines += ["", f"## {WORKLOADS[name].title}", "", *table(one), "", *_notes(one)]
-    for title, file, shown in (
-        ("Losses and gradients beside stock", "gate.json", _gates),
-        ("Time and memory against length, batch, rank and width", "scaling.json", _curves),
-    ):
-        if found := _read(results / file):
-            lines += ["", f"## {title}", "", *shown(found)]
+    if gates := _finished(results, "gate", "passes"):
+        lines += ["", "## Losses and gradients beside stock", "", *_gates(gates)]
+    if curves := _read(results / "scaling.json"):
+        lines += ["", "## Time and memory against length, batch, rank and width", "", *_curves(curves)]
     compared = {name: _read(results / f"seeds-{name}.json") for name in WORKLOADS}
     if any(compared.values()):
         lines += ["", "## Final scores with dropout", "", *_seeds({n: one for n, one in compared.items() if one})]
@@ -153,9 +151,7 @@ def _notes(kept: dict[str, Any]) -> list[str]:
 
 def _gates(found: dict[str, Any]) -> list[str]:
     lines = []
-    for name, one in found.items():
-        if name not in WORKLOADS:
-            continue
+    for one in found.values():
         lines += [f"`{one['command']}`, without dropout, beside {BASE} in float32:", ""]
         lines += ["| | largest difference of a loss | least cosine of gradients | kept for backward, MiB | |"]
         lines += ["| --- | ---: | ---: | ---: | --- |"]
