@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from peftkit.backbones.load import Head
-from peftkit.data.arrays import Table
 from peftkit.data.augment import AnyAugmentation
 from peftkit.data.collate import IGNORED
 from peftkit.data.files import Rows
@@ -58,8 +57,11 @@ class Encoded:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        if isinstance(self.examples, Table):
-            return self.examples.columns["input_ids"].lengths()
+        if not isinstance(self.examples, list):
+            from peftkit.data.arrays import Table
+
+            if isinstance(self.examples, Table):
+                return self.examples.columns["input_ids"].lengths()
         return [len(example["input_ids"]) for example in self.examples]
 
 
