@@ -192,8 +192,8 @@ def gate(workload: Workload, steps: int, batch: int | None, work: Path, results:
     single, half = (*settings, f"{DTYPE}float32"), (*settings, f"{DTYPE}bfloat16")
     asked: dict[str, dict[str, Any]] = {
         BASE: {"kind": "stock", "overrides": single},
-        **{name: {"overrides": (*single, _override(engine))} for name, engine in engines().items()},
         f"{BASE}, {ONE_THREAD}": {"kind": "stock", "overrides": single, "threads": 1},
+        **{name: {"overrides": (*single, _override(engine))} for name, engine in engines().items()},
         f"{BASE}, bfloat16": {"kind": "stock", "overrides": single, "is_bfloat16": True},
         f"{TOGETHER}, bfloat16": {"overrides": half},
     }
