@@ -143,6 +143,14 @@ class TestForks:
         assert record.error == outcome(job.model_copy(update={"run": run}))[0].error
         assert "broken.jsonl" in str(record.error)
 
+    def test_what_is_ended_before_its_first_run_makes_none(self, grid: Grid, tmp_path: Path) -> None:
+        """Ctrl-C while libraries are still being imported."""
+        engine = Processes(1, print, math.inf)
+        engine.end()
+        engine.work(a_job(grid, tmp_path), Store(tmp_path))
+        assert not residents()
+        assert not list(Store(tmp_path).records())
+
     @pytest.mark.parametrize(
         ("kind", "fork", "expected"), [("cpu", True, Forks), ("gpu", True, Worker), ("cpu", False, Worker)]
     )

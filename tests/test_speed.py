@@ -196,7 +196,7 @@ def in_process(module: str, asked: dict[str, Any], python: str = "") -> dict[str
     return RATES if module == "rates" else stock.train(Path(asked.pop("plan")), **asked)
 
 
-def train_here(arguments: list[str], python: str = "", threads: int | None = None) -> str:
+def train_here(arguments: list[str], python: str = "") -> str:
     from peftkit.experiment import train
 
     train(load_run(Path(arguments[3]), arguments[4:]))

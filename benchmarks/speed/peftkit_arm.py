@@ -12,15 +12,11 @@ from typing import Any
 from benchmarks.speed.processes import run
 
 
-def train(config: Path, overrides: Sequence[str], threads: int | None = None) -> dict[str, Any]:
-    """Figures of a training.
-
-    Args:
-        threads: default: what torch takes by itself.
-    """
+def train(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Figures of a training."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "run"
-        run(["-m", "peftkit.cli", "train", str(config), *overrides, f"output.folder={place}"], threads=threads)
+        run(["-m", "peftkit.cli", "train", str(config), *overrides, f"output.folder={place}"])
         return figures(place)
 
 

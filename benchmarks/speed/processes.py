@@ -19,19 +19,14 @@ SHOWN = 12
 """Lines of its complaint that an error shows."""
 
 
-def run(arguments: Sequence[str], python: str = sys.executable, threads: int | None = None) -> str:
+def run(arguments: Sequence[str], python: str = sys.executable) -> str:
     """What a process prints; it finds this checkout's packages, whichever Python it is, and no network.
-
-    Args:
-        threads: of its libraries; default: as they choose.
 
     Raises:
         JobError: it fails, with the end of what it says, or takes too long.
     """
     places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1"}
-    if threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(
             [python, *arguments], capture_output=True, text=True, timeout=SECONDS, env=environment, check=False

@@ -44,8 +44,7 @@ class Forks:
             threads: that torch uses in each run.
             at_once: runs at a time.
         """
-        self._environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self._at_once = at_once
+        self._threads, self._at_once = threads, at_once
         self._resident: _Resident | None = None
         self._lock = threading.Lock()
         self.ending = False
@@ -91,7 +90,7 @@ class Forks:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environment,
+                env=with_threads(self._threads),
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends its workers itself
             )
         resident = _Resident(process, ours, log)
@@ -111,11 +110,21 @@ class Forks:
                     answer = resident.waiting.pop(name)
                 answer.set_result((code, said))
             code = resident.process.wait()
-            resident.log.seek(0)
-            said = resident.log.read().decode(errors="replace")
+            said = written(resident.log)
             with self._lock:
                 if self._resident is resident:
                     self._resident = None
                 left = list(resident.waiting.values())
             for answer in left:
                 answer.set_result((code, said))
+
+
+def with_threads(count: int) -> dict[str, str]:
+    """The environment of a process whose libraries are to use so many threads."""
+    return os.environ | {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+def written(log: IO[bytes]) -> str:
+    """All that was written into a file."""
+    log.seek(0)
+    return log.read().decode(errors="replace")

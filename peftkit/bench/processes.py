@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from peftkit.bench.forks import Forks
+from peftkit.bench.forks import Forks, Outcome, with_threads, written
 from peftkit.bench.memory import Footprints, in_mib, startable, this_machine
 from peftkit.bench.store import Record, Store
 from peftkit.bench.worker import Job
@@ -28,7 +28,7 @@ class Maker(Protocol):
     ending: bool
     """`end` was called."""
 
-    def make(self, job: Job) -> tuple[int, str]:
+    def make(self, job: Job) -> Outcome:
         """Make a run to its end: the exit code of its process, negative for a signal, and what that wrote."""
 
     def close(self) -> None:
@@ -52,16 +52,15 @@ class Worker:
         self._running: set[subprocess.Popen[bytes]] = set()
         self.ending = False
 
-    def make(self, job: Job) -> tuple[int, str]:
+    def make(self, job: Job) -> Outcome:
         """Make a run, in a process that knows of no other."""
-        environment = os.environ | {name: str(self._threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=with_threads(self._threads),
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends its workers itself
             )
             self._running.add(process)
@@ -69,8 +68,7 @@ class Worker:
                 process.kill()
             process.communicate(job.model_dump_json().encode())
             self._running.discard(process)
-            log.seek(0)
-            return process.returncode, log.read().decode(errors="replace")
+            return process.returncode, written(log)
 
     def close(self) -> None:
         """Nothing is left to be ended."""
@@ -147,9 +145,8 @@ class Processes:
             self._maker.close()
 
     def end(self) -> None:
-        """Kill all of them."""
-        if self._maker is not None:
-            self._maker.end()
+        """Kill all of them, and let none begin."""
+        self._chosen().end()
 
 
 def how_it_ended(code: int, said: str) -> str:

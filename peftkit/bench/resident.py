@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import IO, TYPE_CHECKING, Any
 
 from peftkit.bench import worker
+from peftkit.bench.forks import written
 from peftkit.bench.shared import Shared
 from peftkit.bench.tethered import tether
 from peftkit.console import guard
@@ -84,8 +85,7 @@ def _make(job: worker.Job, shared: Shared, threads: int, channel: Any, log: IO[b
 def _ended(name: str, process: BaseProcess, log: IO[bytes]) -> tuple[str, int, str]:
     process.join()
     with log:
-        log.seek(0)
-        said = log.read().decode(errors="replace")
+        said = written(log)
     assert process.exitcode is not None
     return name, process.exitcode, said
 
