@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from peftkit.backbones.layouts import block_modules, layout_for
 from peftkit.backbones.targets import target_modules
-from peftkit.engine.dropout import keep_mask
+from peftkit.engine.compiled import why_not
+from peftkit.engine.dropout import drawn_seed, is_seed, keep_mask, masked
 from peftkit.engine.engage import engaged
-from peftkit.engine.lora import Projection, project
+from peftkit.engine.lora import CACHED, Projection, project
 from peftkit.engine.lora_groups import lora_groups
 from peftkit.engine.settings import Engine
 from peftkit.training.activations import recompute_activations
@@ -177,6 +178,34 @@ def test_gradients_are_those_of_finite_differences_under_one_mask() -> None:
     expected = x @ weight.T + bias + 1.5 / 0.6 * (x * mask) @ a.T @ b.T
     torch.testing.assert_close(under_one_mask(x, a, b), expected, rtol=1e-12, atol=1e-12)
     assert 0 < mask.sum() < 24
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_seed_drops_is_dropped_from_outputs_and_gradients(dtype: torch.dtype) -> None:
+    """Of more rows than are taken at once, in a width that no block of draws is a multiple of."""
+    torch.manual_seed(0)
+    rows, wide = 1500, 300
+    x, a, b, weight = (torch.randn(*shape) for shape in ((rows, wide), (4, wide), (20, 4), (20, wide)))
+    assert rows * wide > CACHED
+    drawn: list[Tensor] = []
+
+    def draw(values: Tensor, rate: float) -> Tensor:
+        drawn.append(drawn_seed(values, rate))
+        return drawn[-1]
+
+    given = [x.to(dtype).requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    found = project(given[0], [Projection(weight.to(dtype), None, *given[1:], 1.5)], dropout=0.4, draw=draw)[0]
+    found.square().sum().backward()
+    assert [is_seed(one) for one in drawn] == [True]
+    mask = masked(torch.ones(rows, wide), drawn[0]).double()
+    exact = [one.detach().double().requires_grad_() for one in given]
+    expected = exact[0] @ weight.to(dtype).double().T + 1.5 / 0.6 * (exact[0] * mask) @ exact[1].T @ exact[2].T
+    expected.square().sum().backward()
+    close = 1e-5 if dtype == torch.float32 else 3e-2
+    for one, other in [(found, expected), *((one.grad, other.grad) for one, other in zip(given, exact, strict=True))]:
+        assert one is not None and other is not None
+        assert (one.double() - other).abs().max() < close * other.abs().max()
 
 
 @pytest.mark.parametrize("engine", [FUSED, Engine()], ids=["torch's masks", "fast masks"])

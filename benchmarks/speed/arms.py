@@ -9,7 +9,7 @@ from benchmarks.speed.workloads import Workload
 
 OFF = (
     "engine={fused_lora: false, padding_free: false, supervised_loss: false, read_positions: false, "
-    "attention: sdpa, compiled_attention: false, fast_dropout: false}"
+    "attention: sdpa, compiled_attention: false, fast_dropout: false, compiled_dropout: false}"
 )
 DTYPE = "backbone.dtype="
 BASE = "Trainer + peft"

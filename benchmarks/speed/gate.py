@@ -36,7 +36,10 @@ LOSS, COSINE = 1e-5, 0.99999
 COMPARED = 50
 """Gradients that are kept of a training; those of its first ten steps are among them."""
 NO_DROPOUT = ("method.dropout=0.0", "backbone.dropout=0.0")
-NAMES = ("fused_lora", "padding_free", "supervised_loss", "read_positions", "compiled_attention", "fast_dropout")
+NAMES = (
+    "fused_lora", "padding_free", "supervised_loss", "read_positions", "compiled_attention", "fast_dropout",
+    "compiled_dropout",
+)  # fmt: skip
 PLAIN: dict[str, Any] = dict.fromkeys(NAMES, False) | {"attention": "sdpa"}
 ALONE: dict[str, dict[str, Any]] = {
     "engine off": {},
@@ -47,6 +50,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "attention": {"attention": "plain"},
     "compiled_attention": {"padding_free": True, "attention": "auto", "compiled_attention": True},
     "fast_dropout": {"fast_dropout": True},
+    "compiled_dropout": {"fast_dropout": True, "compiled_dropout": True},
 }
 TOGETHER, ONE_THREAD = "all together", "one thread"
 REFERENCE = "reference.npz"

@@ -31,7 +31,7 @@ KINDS = {
                               "native_layer_norm_backward", "tanh"),
     "sums and products, number by number": ("mul", "mul_", "addcmul", "addcmul_", "add", "add_", "sub_", "div", "sum"),
     "casts, copies, gathers": ("copy_", "cat", "index_select", "index_copy_", "fill_", "zero_", "index"),
-    "draws of dropout": ("random_", "ge_", "poisson", "index_fill_", "bernoulli_", "randint"),
+    "dropout": ("drop", "add_dropped_", "random_", "ge_", "poisson", "index_fill_", "bernoulli_", "randint"),
 }  # fmt: skip
 OTHER, CALLS = "other operations", "Python and calls"
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.engine.padding_free import attending, pretrained, why_closed
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from peftkit.engine.dropout import Draw
 
 Choice = Literal["auto", "sdpa", "plain"]
 
 
 @contextlib.contextmanager
-def chosen_attention(
-    model: nn.Module, choice: Choice, draw: Callable[[Tensor, float], Tensor], compiled: bool = False
-) -> Iterator[None]:
+def chosen_attention(model: nn.Module, choice: Choice, draw: Draw, compiled: bool = False) -> Iterator[None]:
     """`model` attending as `choice` says where it would attend by torch's function, and afterwards as it did.
 
     Args:
-        draw: the byte masks of attention's dropout; compiled code has its own.
+        draw: the masks of attention's dropout; compiled code has its own.
         compiled: with `auto`, examples in a row attend by compiled code where that is faster.
     """
     from peftkit.backbones.attention import IN_ROW, OWN, close_seam, is_open, open_seam

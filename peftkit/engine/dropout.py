@@ -1,11 +1,15 @@
-"""Dropout from wide random words: torch's own draws one number of 32 bits an element on CPUs, and keeps its mask as
-floats."""
+"""Dropout from wide random words, or by compiled code: torch's own draws one number of 32 bits an element on CPUs, and
+keeps its mask as floats.
+
+What is drawn is either a mask, a byte an element that is 0 where one falls, or the seed by which compiled code finds
+them (`compiled_dropout.py`): `masked` takes both.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peftkit.engine import compiled_dropout
+
+Draw = Callable[[Tensor, float], Tensor]
+"""Which elements of a tensor fall, with a probability below 1: a mask of its shape, or a seed."""
 LEVELS = 256
 """Values of a random byte."""
 OFTEN = 0.9
@@ -45,8 +53,21 @@ def plain_mask(values: Tensor, probability: float) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.uint8).bernoulli_(1 - probability)
 
 
+def drawn_seed(values: Tensor, probability: float) -> Tensor:
+    """A seed, where compiled code takes such values; else a mask."""
+    draw = compiled_dropout.seed_for if compiled_dropout.suits(values, probability) else keep_mask
+    return draw(values, probability)
+
+
+def is_seed(drawn: Tensor) -> bool:
+    """Whether what was drawn is a seed, and no mask."""
+    return drawn.dtype == torch.int64
+
+
 def masked(values: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · values · mask, in the dtype of `values`."""
+    """scale · values · mask, in the dtype of `values`; `mask` may be a seed."""
+    if is_seed(mask):
+        return compiled_dropout.dropped(values, mask, scale)
     factors = mask.to(values.dtype)
     if scale == 1.0:
         return factors.mul_(values)
@@ -55,31 +76,31 @@ def masked(values: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, probability: float) -> Tensor:
-        mask = keep_mask(values, probability)
+    def forward(ctx: Any, values: Tensor, probability: float, draw: Draw) -> Tensor:
+        mask = draw(values, probability)
         ctx.scale = 1 / (1 - probability)
         ctx.save_for_backward(mask)
         return masked(values, mask, ctx.scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return masked(gradient, mask, ctx.scale), None
+        return masked(gradient, mask, ctx.scale), None, None
 
 
-def dropout(values: Tensor, probability: float) -> Tensor:
+def dropout(values: Tensor, probability: float, draw: Draw = keep_mask) -> Tensor:
     """`values`, each 0 with `probability` and else divided by 1 − `probability`, which is below 1."""
-    dropped: Tensor = _Dropout.apply(values, probability)
+    dropped: Tensor = _Dropout.apply(values, probability, draw)
     return dropped
 
 
 @contextlib.contextmanager
-def fast_dropout(model: nn.Module) -> Iterator[None]:
-    """Let the dropout modules of a model draw their masks by `keep_mask`."""
+def fast_dropout(model: nn.Module, draw: Draw = keep_mask) -> Iterator[None]:
+    """Let the dropout modules of a model draw by `draw`."""
     parts = [part for part in model.modules() if type(part) is nn.Dropout and not part.inplace]
     for part in parts:
-        part.forward = partial(_forward, part)  # type: ignore[method-assign]
+        part.forward = partial(_forward, part, draw)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -87,7 +108,7 @@ def fast_dropout(model: nn.Module) -> Iterator[None]:
             del part.forward
 
 
-def _forward(part: nn.Dropout, values: Tensor) -> Tensor:
+def _forward(part: nn.Dropout, draw: Draw, values: Tensor) -> Tensor:
     if part.training and 0 < part.p < 1 and values.device.type == "cpu":
-        return dropout(values, part.p)
+        return dropout(values, part.p, draw)
     return nn.Dropout.forward(part, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftkit.backbones.layouts import layout_for
@@ -11,7 +11,9 @@ from peftkit.engine.settings import Engine
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
+
+    from peftkit.engine.dropout import Draw
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def engaged(model: nn.Module, settings: Engine, device: torch.device) -> Iterato
             layout = layout_for(peft_model.get_base_model().config.model_type, model)
             techniques.enter_context(fused_lora(model, layout, _draw(settings)))
         if settings.fast_dropout and device.type == "cpu":
-            techniques.enter_context(fast_dropout(model))
+            techniques.enter_context(fast_dropout(model, _draw(settings)))
         yield
 
 
@@ -46,15 +48,20 @@ def fallbacks(model: nn.Module, settings: Engine) -> dict[str, str]:
         "supervised_loss": supervised.why_not(model),
     }
     found = {name: reason for name, reason in reasons.items() if reason and getattr(settings, name)}
-    if settings.padding_free and not padded and not settings.compiled_attention and not torch.cuda.is_available():
-        found["compiled_attention"] = compiled.why_not()
+    if not torch.cuda.is_available():
+        if settings.padding_free and not padded and not settings.compiled_attention:
+            found["compiled_attention"] = compiled.why_not()
+        if settings.fast_dropout and not settings.compiled_dropout:
+            found["compiled_dropout"] = compiled.why_not()
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _draw(settings: Engine) -> Callable[[Tensor, float], Tensor]:
-    from peftkit.engine.dropout import keep_mask, plain_mask
+def _draw(settings: Engine) -> Draw:
+    from peftkit.engine.dropout import drawn_seed, keep_mask, plain_mask
 
-    return keep_mask if settings.fast_dropout else plain_mask
+    if not settings.fast_dropout:
+        return plain_mask
+    return drawn_seed if settings.compiled_dropout is True else keep_mask
 
 
 @contextlib.contextmanager

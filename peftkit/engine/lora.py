@@ -1,12 +1,12 @@
 """LoRA on frozen projections of one input, as one autograd function.
 
-What is kept for the backward pass is what A was given once, a byte of mask an element, and the narrow A x. Weights A
-and B are cast to the dtype of the input inside; their gradients come in their own.
+What is kept for the backward pass is what A was given once, what dropout drew, and the narrow A x. Weights A and B are
+cast to the dtype of the input inside; their gradients come in their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from peftkit.engine.dropout import keep_mask, masked
+from peftkit.engine.compiled_dropout import add_dropped
+from peftkit.engine.dropout import Draw, is_seed, keep_mask, masked
 
-Draw = Callable[[Tensor, float], Tensor]
 CACHED = 2**18
 """Elements of which a processor's own cache holds several in half precision."""
 
@@ -45,7 +45,7 @@ def project(
     Args:
         dropout: of what A is given. The projections share one mask, as those of one matrix do in the code of the
             LoRA paper (loralib's MergedLinear).
-        draw: what draws that mask.
+        draw: what draws that mask, or a seed for it.
     """
     # views made inside could not be changed in place outside, as DeBERTa does
     outputs = _Project.apply(
@@ -131,9 +131,14 @@ class _Project(torch.autograd.Function):
 
 def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tensor:
     """`total` + mask · (low @ down), in place, by so many rows that what is made in between stays in the cache."""
-    step = max(32, CACHED // total.shape[1])
-    for part, narrow, kept in zip(total.split(step), low.split(step), mask.split(step), strict=True):
-        part.addcmul_(narrow @ down, kept.to(total.dtype))
+    width = total.shape[1]
+    step = max(32, CACHED // width)
+    for start in range(0, len(total), step):
+        rows = slice(start, start + step)
+        if is_seed(mask):
+            add_dropped(total[rows], low[rows] @ down, mask, start * width)
+        else:
+            total[rows].addcmul_(low[rows] @ down, mask[rows].to(total.dtype))
     return total
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.backbones.layouts import Layout, in_blocks, roles_by_path
-from peftkit.engine.lora import Draw, Projection, project
+from peftkit.engine.dropout import Draw
+from peftkit.engine.lora import Projection, project
 
 
 @contextlib.contextmanager
@@ -137,9 +138,8 @@ def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
     # sums over tokens, of scaled gradients at that, would leave the range of float16
     if inputs.dtype == torch.float16 or base.weight.dtype != inputs.dtype:
         return None
-    if torch.is_autocast_enabled(inputs.device.type) or any(
-        one.requires_grad for one in base.parameters(recurse=False)
-    ):
+    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if trains or torch.is_autocast_enabled(inputs.device.type):
         return None
     if isinstance(dropout, nn.Identity):
         return 0.0

@@ -6,7 +6,6 @@ matrices of scores; here two are kept, one of them of bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkit.backbones.attention_inputs import Attention
-from peftkit.engine.dropout import masked
+from peftkit.engine.dropout import Draw, masked
 
 LONGEST = 256
 """Keys up to which the formula is faster in half precision without dropout."""
 SHORTEST = 32
 """Keys from which it is faster in full precision with dropout."""
-Draw = Callable[[Tensor, float], Tensor]
-"""Byte masks, 0 where something is dropped, of the shape of a tensor and with a probability."""
 
 
 class PlainAttention:

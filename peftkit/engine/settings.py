@@ -36,3 +36,6 @@ class Engine(Section):
     nothing and keeps no scores. `auto`: where there is a compiler; the run records which."""
     fast_dropout: bool = True
     """On CPUs, draw dropout from wide random words, of which masks of bytes are kept."""
+    compiled_dropout: Compiled = Field(default="auto", validate_default=True)
+    """With `fast_dropout`, drop by C++ that is compiled when it is first needed and draws by a seed and a number's
+    place, so that no mask is kept. `auto`: where there is a compiler; the run records which."""

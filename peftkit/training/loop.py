@@ -91,6 +91,7 @@ class _Loop:
         optimizer = make_optimizer(model, settings, run.method)
         # processes that hold shares of the model average its gradients by themselves
         self.wrapped = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))
+        self.trained = list(trained_parameters(model).values())
         self.optimizer = accelerator.prepare(optimizer)
         self.gradients = gradients_of(self.wrapped, accelerator)
         # stepped by hand: a prepared schedule would advance once for every process
@@ -211,8 +212,7 @@ class _Loop:
         accelerator, settings = self.accelerator, self.run.training
         self._beat()
         self.health.check_gradients()
-        parameters = list(trained_parameters(self.model).values())
-        norm = float(whole(accelerator.clip_grad_norm_(parameters, settings.max_gradient_norm or math.inf)))
+        norm = float(whole(accelerator.clip_grad_norm_(self.trained, settings.max_gradient_norm or math.inf)))
         if accelerator.scaler is None and not math.isfinite(norm):  # fp16 skips such steps and lowers its scale
             where = diagnosis.of_gradients(self.model, lambda: self._gradients(batch))
             raise diagnosis.no_number("gradient norm", norm, self.progress.step + 1, where, settings)

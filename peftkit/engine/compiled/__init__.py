@@ -65,19 +65,21 @@ def library(name: str, **constants: int) -> ctypes.CDLL:
             _compile(source, constants, file)
         return ctypes.CDLL(str(file))
     except OSError as error:
-        raise BackboneError(f"{file}: {error.strerror or error}{_MEND}") from None
+        raise BackboneError(f"{file}: {error.strerror or error}{_mend(source)}") from None
 
 
-_MEND = "; set engine.compiled_attention: false to do without compiled code"
+def _mend(source: Path) -> str:
+    return f"; set engine.compiled_{source.stem}: false to do without compiled code"
 
 
 def _kept(source: Path, constants: Mapping[str, int]) -> Path:
     """Where the library is kept: another one for another source, compiler or processor."""
     reason, program = why_not(), compiler()
     if reason or program is None:
-        raise BackboneError(f"{source.name} cannot be compiled: {reason}{_MEND}")
+        raise BackboneError(f"{source.name} cannot be compiled: {reason}{_mend(source)}")
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    parts = [source.read_text(encoding="utf-8"), repr(sorted(constants.items())), *FLAGS, *LIBRARIES, program, version]
+    texts = [one.read_text(encoding="utf-8") for one in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [*texts, repr(sorted(constants.items())), *FLAGS, *LIBRARIES, program, version]
     key = hashlib.sha256("\0".join([*parts, *sorted(processor_flags())]).encode()).hexdigest()[:16]
     return cache_folder() / "compiled" / f"{source.stem}-{key}.so"
 
@@ -96,6 +98,6 @@ def _compile(source: Path, constants: Mapping[str, int], file: Path) -> None:
         )
         if done.returncode:
             told = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise BackboneError(f"{compiler()} cannot compile {source.name}: {told}{_MEND}")
+            raise BackboneError(f"{compiler()} cannot compile {source.name}: {told}{_mend(source)}")
         ctypes.CDLL(str(made))  # what cannot be loaded is not kept
         made.replace(file)

@@ -11,28 +11,19 @@
 #include <utility>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-constexpr int64_t lanes = 16;
 constexpr int64_t rows = 4;
 constexpr int64_t step = 2 * lanes;  // keys of one block of scores
 constexpr bool half = HALF;  // numbers are bfloat16, else float32
 constexpr int64_t parts = PARTS;
 constexpr int64_t width = parts * lanes;  // of a head, with zeros at its end
 
-typedef float Floats __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-
 inline Floats& at(float* place) { return *reinterpret_cast<Floats*>(place); }
 inline const Floats& at(const float* place) { return *reinterpret_cast<const Floats*>(place); }
 inline int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-Words counted() {
-    Words lane;
-    for (int64_t i = 0; i < lanes; ++i) lane[i] = static_cast<uint32_t>(i);
-    return lane;
-}
 
 float sum(Floats values) {
     float total = 0;
@@ -56,27 +47,6 @@ inline Floats exponential(Floats x) {
     Floats scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return x < -87.0f ? Floats{} : p * scale;
-}
-
-uint64_t mixed(uint64_t x) {  // splitmix64
-    x += 0x9E3779B97F4A7C15u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
-
-// Of sixteen keys from `first`, the factors that dropout gives a query: 0 below `drop` of 2^32, else `kept`.
-inline Floats factors(uint64_t query, int64_t first, uint32_t drop, float kept) {
-    Words x = counted() + static_cast<uint32_t>(first);
-    x = x * 0x9E3779B1u + static_cast<uint32_t>(query);
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    x = (x ^ (x >> 16)) + static_cast<uint32_t>(query >> 32);
-    x = (x ^ (x >> 16)) * 0x21F0AAADu;
-    x = (x ^ (x >> 15)) * 0x735A2D97u;
-    x = x ^ (x >> 15);
-    const Floats all = Floats{} + kept;
-    return x < drop ? Floats{} : all;
 }
 
 struct Place {
