@@ -43,6 +43,9 @@ class TrainingSettings(Section):
     """Examples per optimizer step, over all processes."""
     micro_batch_size: PositiveInt | None = None
     """Most examples in one forward pass of one process; smaller means more accumulation, the same loss."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens in one forward pass of one process, padding included: few long examples, many short ones. What is
+    longer by itself goes alone; the loss is the same."""
     evaluation_batch_size: PositiveInt = 64
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw_8bit", "paged_adamw"] = "adamw"
     """`adamw_8bit` and `paged_adamw` are bitsandbytes' for GPUs. The latter moves its state out of a GPU's memory when

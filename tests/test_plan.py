@@ -276,6 +276,17 @@ def test_without_data_every_text_is_as_long_as_allowed(
     found = json.loads(capsys.readouterr().out)
     assert "upper bound" in found["batches"] and "nowhere.tsv" in found["batches"]
     assert found["micro_batch"] == [16, 24]
+    budget = ["training.micro_batch_tokens=100"]
+    assert main(["plan", str(configured(write_config, task=task)), "--gpus", "T4", "--json", *budget]) == 0
+    assert json.loads(capsys.readouterr().out)["micro_batch"] == [4, 24]
+
+
+def test_micro_batches_have_no_more_tokens_than_they_may(write_config: WriteConfig) -> None:
+    training = {"learning_rate": 0.01, "epochs": 1, "batch_size": 16, "micro_batch_tokens": 40}
+    data, work = planned(load_run(write_config(training=training)))
+    rows, longest = work.shape
+    assert rows * longest <= 40 < (rows + 1) * longest
+    assert work.step_parts > 16 * min(data.train.encoded.lengths) / 40
 
 
 SEVENTY = """

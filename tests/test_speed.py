@@ -252,7 +252,7 @@ def test_every_arm_of_peftkit_is_a_run(name: str, tmp_path: Path, monkeypatch: p
         assert run.training.micro_batch_size == (8 if "of 8" in arm.name else workload.batch)
         assert run.engine.fused_lora is (OFF not in arm.overrides)
         run.method.check_steps(12)
-    assert load_run(workload.file, measured._settings(PEFTKIT)).backbone.dtype == workload.dtype
+    assert load_run(workload.file, measured._settings(PEFTKIT)).backbone.dtype == workload.held
 
 
 def test_no_arm_is_always_behind_the_same_other() -> None:

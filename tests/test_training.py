@@ -161,8 +161,8 @@ def test_weight_decay_is_for_matrices_alone(write_config: WriteConfig, tmp_path:
 def test_micro_batches_do_not_change_training(task: str, loss: CrossEntropy, fit: Callable[..., Trained]) -> None:
     options = {"loss": loss, "max_steps": 4, "keep_best": False, "optimizer": "sgd"}
     whole, reference = fit(task, micro_batch_size=16, **options)
-    for size in (8, 5, 1):
-        record, model = fit(task, micro_batch_size=size, **options)
+    for cut in ({"micro_batch_size": 8}, {"micro_batch_size": 5}, {"micro_batch_size": 1}, {"micro_batch_tokens": 30}):
+        record, model = fit(task, **cut, **options)
         assert record.losses == pytest.approx(whole.losses, abs=1e-6)
         _assert_close(model, reference)
 
@@ -207,16 +207,25 @@ def test_steps_go_on_where_they_are_told_to() -> None:
 
 
 @pytest.mark.parametrize("size", [None, 1, 3, 8])
+@pytest.mark.parametrize("tokens", [None, 1, 60, 10_000])
 @pytest.mark.parametrize("processes", [1, 2, 3, 16])
 @pytest.mark.parametrize("examples", [1, 5, 8])
-def test_processes_share_a_batch_evenly(size: int | None, processes: int, examples: int) -> None:
+def test_processes_share_a_batch_evenly(size: int | None, tokens: int | None, processes: int, examples: int) -> None:
     batch = list(range(examples))
-    shares = [batches.micro_batches(batch, LENGTHS, size, processes, rank) for rank in range(processes)]
+    shares = [batches.micro_batches(batch, LENGTHS, size, processes, rank, tokens) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1 and shares[0]
     parts = [part for share in shares for part in share]
     assert sorted(index for part in parts if part.counted for index in part.indices) == batch
     assert all(part.indices and len(part.indices) <= (size or examples) for part in parts)
     assert sum(not part.counted for part in parts) < processes
+
+
+def test_a_budget_of_tokens_takes_few_long_examples_or_many_short_ones() -> None:
+    lengths = [10, 200, 50, 11, 90, 12, 9, 100]
+    parts = batches.micro_batches(range(8), lengths, None, 1, 0, micro_batch_tokens=110)
+    assert [part.indices for part in parts] == [(1,), (7,), (4,), (2, 5), (3, 0, 6)]
+    parts = batches.micro_batches(range(8), lengths, 2, 1, 0, micro_batch_tokens=110)
+    assert [part.indices for part in parts] == [(1,), (7,), (4,), (2, 5), (3, 0), (6,)]
 
 
 @pytest.mark.parametrize(

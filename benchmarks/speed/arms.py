@@ -35,9 +35,13 @@ class Arm:
 PEFTKIT = Arm("peftkit", "peftkit")
 
 
-def arms_of(workload: Workload) -> list[Arm]:
-    """The arms of a workload, in the order of the first round."""
-    other = "float32" if workload.dtype == "bfloat16" else "bfloat16"
+def arms_of(workload: Workload, held: str | None = None) -> list[Arm]:
+    """The arms of a workload, in the order of the first round.
+
+    Args:
+        held: the dtype in which its configuration held frozen weights where it was measured; default: here.
+    """
+    other = "float32" if (held or workload.held) == "bfloat16" else "bfloat16"
     arms = [
         Arm("Trainer, full fine-tuning", "trainer", "full"),
         Arm(BASE, "trainer"),

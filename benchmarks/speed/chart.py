@@ -13,6 +13,7 @@ SHOWN = {
     "TRL SFTTrainer, tuned": "#d1603d",
     PEFTKIT.name: "#2f8f6b",
     "peftkit, bfloat16": "#3b6fb6",
+    "peftkit, float32": "#9ec6b5",
 }
 """Arms that the chart has, with their colours."""
 

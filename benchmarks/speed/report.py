@@ -83,7 +83,7 @@ def table(kept: dict[str, Any]) -> list[str]:
         ["arm", "real tokens/s", f"against {BASE}", "step, s", "MiB over the bare process", "against", "of the floor"],
         ["---", *["---:"] * 6],
     ]
-    for arm in arms_of(WORKLOADS[kept["asked"]["workload"]]):
+    for arm in arms_of(WORKLOADS[kept["asked"]["workload"]], kept["held"]):
         if one := found.get(arm.name):
             rate, size = one["tokens_per_second"], one["growth_bytes"]
             against = f"{rate / base['tokens_per_second']:.2f} ×" if base else ""
@@ -135,6 +135,7 @@ def _circumstances(kept: dict[str, Any]) -> list[str]:
     environment = kept["environment"]
     versions = ", ".join(f"{name} {found}" for name, found in environment["versions"].items())
     lines = [f"`{kept['command']}`: {environment['processor']}, {environment['threads']} threads; {versions}."]
+    lines += [f"The configuration of `{PEFTKIT.name}` holds frozen weights in {kept['held']} there."]
     return lines + ([f"{kept['note']}."] if kept.get("note") else [])
 
 

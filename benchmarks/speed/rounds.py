@@ -45,6 +45,7 @@ class Rounds:
             raise UsageError(f"--arms: '{unknown[0]}' is no arm of {self.workload.name}; there are: {listed}")
         arms = [one for one in known if not names or one.name in names]
         self.results.set("environment", describe())
+        self.results.set("held", self.workload.held)
         for number in range(rounds):
             self._rates(number)
             for arm in in_turn(arms, number):

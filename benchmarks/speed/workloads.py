@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit.backbones.precision import on_this_machine
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 METHODS = {
@@ -29,13 +31,18 @@ class Workload:
     batch: int
     overrides: tuple[str, ...] = ()
     """Beside those that all have."""
-    dtype: str = "float32"
-    """In which the configuration holds the frozen weights."""
+    dtype: str = "auto"
+    """In which the configuration holds the frozen weights; `auto` is what suits the processor."""
     is_causal: bool = False
     is_made: bool = False
     """The backbone is made on the spot."""
     methods: tuple[str, ...] = ()
     """Further methods, that peftkit's own arms compare with and without its engine."""
+
+    @property
+    def held(self) -> str:
+        """The dtype in which the configuration holds the frozen weights on this machine."""
+        return on_this_machine(self.dtype)
 
     @property
     def file(self) -> Path:
@@ -75,7 +82,10 @@ WORKLOADS = {
             "gsm8k", "GSM8K, completions only, SmolLM2-135M", "gsm8k_lora", 16, (*_DEV, "task.generation=null"),
             dtype="bfloat16", is_causal=True, methods=("adalora", "bottleneck", "prefix"),
         ),
-        Workload("reuters_r8", "Reuters R8, up to 512 tokens, MiniLM", "reuters_r8_lora", 16, ("task.max_length=512",)),
+        Workload(
+            "reuters_r8", "Reuters R8, up to 512 tokens, MiniLM", "reuters_r8_lora", 16, ("task.max_length=512",),
+            dtype="float32",
+        ),
         Workload("random_bert", "SST-2, random BERT of 12 layers × 768", "sst2_lora", 32, _DEV, is_made=True),
     )
 }  # fmt: skip

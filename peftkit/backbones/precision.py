@@ -28,11 +28,12 @@ def processor_flags(processor: Path = PROCESSOR) -> frozenset[str]:
     return frozenset(next(flags, ()))
 
 
-def _on_this_machine(dtype: str) -> str:
+def on_this_machine(dtype: str) -> str:
+    """What a dtype that is written comes to."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
-Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], AfterValidator(_on_this_machine)]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], AfterValidator(on_this_machine)]
 """What is written; what is held is never `auto`, so that a run is named and recorded by what it computes in."""

@@ -69,7 +69,8 @@ def from_data(run: Run, data: Prepared, processes: int, weigh: Weigh) -> Workloa
     best, tokens, parts_seen = -1.0, 0, 0
     chosen: tuple[tuple[int, ...], ...] = ()
     for _, batch in itertools.islice(ahead, seen):
-        parts = batches.micro_batches(batch, lengths, training.micro_batch_size, processes, 0)
+        cut = (training.micro_batch_size, processes, 0, training.micro_batch_tokens)
+        parts = batches.micro_batches(batch, lengths, *cut)
         parts_seen += len(parts)
         for index, part in enumerate(parts):
             longest = max(lengths[one] for one in part.indices)
@@ -103,17 +104,17 @@ def longest_possible(run: Run, head: Head, rows: int | None, processes: int, why
     """
     training, task = run.training, run.task
     size = -(-training.batch_size // processes)
-    part = min(training.micro_batch_size or size, size)
-    parts = -(-size // part)
     example = _longest_example(task, head)
     steps = training.max_steps or (training.total_steps(rows) if rows else 0)
     length = len(example["input_ids"])
+    most = (training.micro_batch_size, 1, 0, training.micro_batch_tokens)
+    parts = batches.micro_batches(range(size), [length] * size, *most)
     return Workload(
-        micro_batches=((example,) * part,) * min(2, parts),
+        micro_batches=((example,) * len(parts[0].indices),) * min(2, len(parts)),
         evaluation=(example,) * training.evaluation_batch_size,
         steps=steps if run.method.trains else 0,
         step_tokens=size * length,
-        step_parts=parts,
+        step_parts=len(parts),
         evaluation_tokens=0,
         pad_id=0,
         class_weights=(1.0,) * len(head.labels),

@@ -1,8 +1,8 @@
 """Which examples every process sees in every optimizer step: a function of seed, epoch and step alone.
 
-The global batch of a step does not depend on the number of processes or on `micro_batch_size`; those only decide
-how it is cut. Every process gets equally many micro-batches, so that collective operations match; where there are
-not enough examples, a process repeats one with weight 0.
+The global batch of a step does not depend on the number of processes, on `micro_batch_size` or on `micro_batch_tokens`;
+those only decide how it is cut. Every process gets equally many micro-batches, so that collective operations match;
+where there are not enough examples, a process repeats one with weight 0.
 """
 
 from __future__ import annotations
@@ -53,12 +53,29 @@ def steps(
 
 
 def micro_batches(
-    batch: Sequence[int], lengths: Sequence[int], micro_batch_size: int | None, processes: int, rank: int
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    micro_batch_size: int | None,
+    processes: int,
+    rank: int,
+    micro_batch_tokens: int | None = None,
 ) -> list[MicroBatch]:
-    """This process's part of a global batch, cut so that examples of similar length go together."""
+    """This process's part of a global batch, cut so that examples of similar length go together.
+
+    Args:
+        lengths: of all examples of train, in tokens.
+        micro_batch_size: most examples of a part.
+        micro_batch_tokens: most tokens of a part, if all its examples were as long as its longest; what is longer by
+            itself goes alone.
+    """
     size = min(micro_batch_size or len(batch), -(-len(batch) // processes))
     order = sorted(batch, key=lambda index: -lengths[index])
-    parts = [MicroBatch(tuple(order[start : start + size])) for start in range(0, len(order), size)]
+    parts, start = [], 0
+    while start < len(order):
+        room = size if micro_batch_tokens is None else micro_batch_tokens // max(1, lengths[order[start]])
+        end = start + max(1, min(size, room))
+        parts.append(MicroBatch(tuple(order[start:end])))
+        start = end
     while len(parts) % processes:
         parts.append(MicroBatch((order[-1],), counted=False))
     return parts[rank::processes]

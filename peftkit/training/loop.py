@@ -163,7 +163,8 @@ class _Loop:
     def _gradients(self, batch: Sequence[int]) -> float:
         """Gradients of a global batch, in micro-batches as small as memory asks for; returns its mean loss."""
         progress, settings = self.progress, self.run.training
-        asked = progress.micro_batch_size or settings.micro_batch_size or len(batch)
+        most = progress.micro_batch_size or settings.micro_batch_size or len(batch)
+        asked = max(len(part.indices) for part in self._parts(batch, most))
         loss, size = retried(
             lambda size: self._accumulate(batch, size), asked, settings, self.optimizer.zero_grad, progress.step + 1
         )
@@ -176,7 +177,7 @@ class _Loop:
         """Gradients of a global batch, over all processes; returns its mean loss."""
         accelerator = self.accelerator
         processes = accelerator.num_processes
-        parts = batches.micro_batches(batch, self.lengths, size, processes, accelerator.process_index)
+        parts = self._parts(batch, size)
         weight = supervision(self.run.task, self.data, batch, self.progress.step + 1)
         total = self.class_weights.new_zeros(())
         for part, number in itertools.product(parts, range(self.objective.passes)):
@@ -194,6 +195,11 @@ class _Loop:
             where = diagnosis.of_loss(self.model, map(self._looked_into, parts))
             raise diagnosis.no_number("loss", mean, self.progress.step + 1, where, self.run.training)
         return mean
+
+    def _parts(self, batch: Sequence[int], size: int) -> list[batches.MicroBatch]:
+        accelerator, tokens = self.accelerator, self.run.training.micro_batch_tokens
+        place = (accelerator.num_processes, accelerator.process_index)
+        return batches.micro_batches(batch, self.lengths, size, *place, tokens)
 
     def _looked_into(self, part: batches.MicroBatch) -> tuple[str, Callable[[], object]]:
         rows = ", ".join(self.data.train.where(index) for index in part.indices[:3])
