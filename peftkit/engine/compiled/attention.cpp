@@ -25,10 +25,26 @@ inline Floats& at(float* place) { return *reinterpret_cast<Floats*>(place); }
 inline const Floats& at(const float* place) { return *reinterpret_cast<const Floats*>(place); }
 inline int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-float sum(Floats values) {
-    float total = 0;
-    for (int64_t i = 0; i < lanes; ++i) total += values[i];
-    return total;
+// All sixteen joined by a function, in halves.
+template <typename Join>
+inline float joined(Floats values, Join join) {
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    Eight halves[2];
+    std::memcpy(halves, &values, sizeof values);
+    const Eight eight = join(halves[0], halves[1]);
+    Four quarters[2];
+    std::memcpy(quarters, &eight, sizeof eight);
+    const Four four = join(quarters[0], quarters[1]);
+    return join(join(four[0], four[2]), join(four[1], four[3]));
+}
+
+inline float sum(Floats values) {
+    return joined(values, [](auto a, auto b) { return a + b; });
+}
+
+inline float most(Floats values) {
+    return joined(values, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x for x up to about 0, relative error 1e-7 (Cephes' expf); 0 below -87, NaN for NaN.
@@ -98,7 +114,8 @@ extern "C" struct Call {
 
 namespace {
 
-// What a task lays out: numbers of a key head in float32, by token and, transposed, by place in the width.
+// What a task lays out: numbers of a key head in float32, by token and, transposed, by place in the width. What is
+// behind the last token is left from tasks before; nothing that comes of it is read.
 struct Scratch {
     std::vector<float> store;
     float *keys, *keys_by_place, *values, *values_by_place, *key_gradients, *value_gradients, *scores, *gradients;
@@ -106,7 +123,8 @@ struct Scratch {
     void fit(int64_t length, bool backward) {
         const int64_t columns = rounded(length, step), matrix = columns * width;
         const int64_t matrices = backward ? 6 : 2;
-        store.assign(matrices * matrix + 2 * rows * columns, 0.0f);
+        const size_t needed = static_cast<size_t>(matrices * matrix + 2 * rows * columns);
+        if (store.size() < needed) store.resize(needed);
         float* next = store.data();
         auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
         keys_by_place = take(matrix);
@@ -116,6 +134,7 @@ struct Scratch {
             values_by_place = take(matrix);
             key_gradients = take(matrix);
             value_gradients = take(matrix);
+            std::fill(key_gradients, next, 0.0f);
         }
         scores = take(rows * columns);
         gradients = take(rows * columns);
@@ -223,8 +242,13 @@ private:
             }
     }
 
+    // What a query does not see, from the block of its last key on.
     void hide(float* scores, int64_t count) const {
-        for (int64_t j = count; j < columns; ++j) scores[j] = -__builtin_inff();
+        const Floats nothing = Floats{} - __builtin_inff();
+        for (int64_t j = count / lanes * lanes; j < columns; j += lanes) {
+            const Words place = counted() + static_cast<uint32_t>(j);
+            at(scores + j) = place < static_cast<uint32_t>(count) ? at(scores + j) : nothing;
+        }
     }
 
     void forward(int64_t head, int64_t query) {
@@ -236,10 +260,9 @@ private:
         for (int64_t r = 0; r < rows; ++r) {
             float* scores = scratch.scores + r * columns;
             hide(scores, seen(query + r));
-            Floats most = at(scores);
-            for (int64_t j = lanes; j < blocks; j += lanes) most = at(scores + j) > most ? at(scores + j) : most;
-            float highest = most[0];
-            for (int64_t i = 1; i < lanes; ++i) highest = std::max(highest, most[i]);
+            Floats high = at(scores);
+            for (int64_t j = lanes; j < blocks; j += lanes) high = at(scores + j) > high ? at(scores + j) : high;
+            const float highest = most(high);
             Floats total = {};
             for (int64_t j = 0; j < blocks; j += lanes) total += at(scores + j) = exponential(at(scores + j) - highest);
             divisors[r] = sum(total);
