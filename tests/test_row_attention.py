@@ -124,6 +124,18 @@ class TestFormula:
             found[70:107, 2] = expected[70:107, 2]
             assert torch.equal(found, expected)
 
+    def test_gradients_of_the_others_neither(self) -> None:
+        """What one example leaves in memory that is used again reaches no other."""
+        given = [one.float() for one in rows(HEADS["grouped"])]
+        expected = with_gradients(lambda *one: attend_in_row(*one, LENGTHS), given)
+        for number in range(3):
+            changed = [one.clone() for one in given]
+            changed[number][:37] = math.nan
+            changed[number][70:107] = math.inf
+            found = with_gradients(lambda *one: attend_in_row(*one, LENGTHS), changed)
+            assert not found[0][:107].isfinite().any(dim=-1).all()
+            assert all(torch.equal(one[107:], other[107:]) for one, other in zip(found, expected, strict=True))
+
     def test_threads_change_no_bit(self) -> None:
         given = [one.float() for one in rows(HEADS["grouped"])]
         threads = torch.get_num_threads()
