@@ -319,6 +319,7 @@ def made_results(folder: Path) -> None:
     kept.set("floor", {"lora": {"bfloat16": one, "float32": one}, "full": {"bfloat16": one}, "step_tokens": 1000.0})
     kept.set("environment", {"processor": "a processor", "threads": 2, "versions": {"torch": "2"}})
     kept.set("command", "python -m benchmarks.speed --workload sst2")
+    kept.set("held", "bfloat16")
 
 
 def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
@@ -330,6 +331,7 @@ def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
     assert [file.name for file in written] == ["speed.md", "speed.svg", "engine.md"]
     page = (docs / "speed.md").read_text()
     assert "| peftkit | 600 | 6.00 × | 1.667 | 400 | 40 % | 60 % |" in page
+    assert "configuration of `peftkit` holds frozen weights in bfloat16 there" in page
     assert "| adapters | missing |" in page
     assert "adapters is missing: not there\n" in page
     assert "| sst2 | ≥ 2 times Trainer + peft, tuned | 3.00 | yes |" in page

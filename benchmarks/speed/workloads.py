@@ -83,8 +83,8 @@ WORKLOADS = {
             dtype="bfloat16", is_causal=True, methods=("adalora", "bottleneck", "prefix"),
         ),
         Workload(
-            "reuters_r8", "Reuters R8, up to 512 tokens, MiniLM", "reuters_r8_lora", 16, ("task.max_length=512",),
-            dtype="float32",
+            "reuters_r8", "Reuters R8, up to 512 tokens, MiniLM", "reuters_r8_lora", 16,
+            ("task.max_length=512", "backbone.dtype=auto"),
         ),
         Workload("random_bert", "SST-2, random BERT of 12 layers × 768", "sst2_lora", 32, _DEV, is_made=True),
     )

@@ -8,11 +8,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from peftkit.engine.compiled import library
+from peftkit.engine.compiled import OFTEN, SEEDS, library
 
-OFTEN = 0.99
-"""Rate up to which it is exact to a part in a million: 2³² draws can be told apart."""
-SEEDS = 2**62
 Pointer, Long = ctypes.c_void_p, ctypes.c_int64
 TYPES = (Pointer, Pointer, Long, Long, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float, ctypes.c_int32, ctypes.c_int32)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from peftkit.engine.compiled import library
+from peftkit.engine.compiled import OFTEN, SEEDS, library
 from peftkit.engine.unpadded import Unpadded
 
 LANES = 16
@@ -25,9 +25,6 @@ WIDEST = 128
 """Numbers of a head up to which it keeps results in registers."""
 LONGEST = 512
 """Tokens of an example up to which the compiled code is faster without dropout, too."""
-OFTEN = 0.99
-"""Rate of dropout up to which it is exact to a part in a million: 2³² draws can be told apart."""
-SEEDS = 2**62
 
 
 class _Place(ctypes.Structure):
