@@ -326,7 +326,7 @@ def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
     made_results(tmp_path / "results")
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "engine.md").write_text(f"before\n\n{report.ENGINE[0]}\nold\n{report.ENGINE[1]}\n\nafter\n")
+    (docs / "engine.md").write_text(f"before\n\n{report.ENGINE[0]}\nstale\n{report.ENGINE[1]}\n\nafter\n")
     written = report.write(tmp_path / "results", docs)
     assert [file.name for file in written] == ["speed.md", "speed.svg", "engine.md"]
     page = (docs / "speed.md").read_text()
@@ -338,7 +338,7 @@ def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
     assert "| sst2 | ≤ 0.7 of the memory of Trainer + peft | 0.40 | yes |" in page
     engine = (docs / "engine.md").read_text()
     assert "| peftkit | 600 |" in engine
-    assert "old" not in engine
+    assert "stale" not in engine
     assert engine.startswith("before") and engine.endswith("after\n")
     chart = (docs / "speed.svg").read_bytes()
     report.write(tmp_path / "results", docs)
