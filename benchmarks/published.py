@@ -3,39 +3,46 @@
     python -m benchmarks.published
 
 Reads benchmarks/results/main (made by `peftkit bench run benchmarks/grids/main.yaml`), and needs neither torch nor the
-data: every figure of the report and of README's section comes from the records and answers that lie there.
+data: every figure of the report and of README's section comes from the records and answers that lie there. Its runs
+were made on two kinds of machine, which both say, with what runs that were made on both differ by
+(`benchmarks/repeated.py`).
 """
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.orderings import ORDERINGS, Verdict, lost, verdicts
 from peftkit.bench import numbers
 from peftkit.bench.analysis import Analysis, Row, analyse
 from peftkit.bench.numbers import NOTHING, Scale
+from peftkit.bench.provenance import runs
 from peftkit.bench.report import MARGIN, REFERENCES, report
 from peftkit.bench.results import Block, Entry, read
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "results" / "main"
+REPEATED = FOLDER.with_name("repeated.json")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- from here to the end: python -m benchmarks.published -->\n", "<!-- end -->\n"
 NAMES = {"sst2": "SST-2", "tweet_emotion": "TweetEval emotion", "wnut17": "WNUT-17"}
 
 
 def main() -> None:
-    report(FOLDER, FOLDER / "report")
+    report(FOLDER, FOLDER / "report", mixed=True)
     README.write_text(with_section(README.read_text(encoding="utf-8"), section()), encoding="utf-8")
 
 
 def section(folder: Path = FOLDER) -> str:
     """README's words on the published comparison."""
-    analyses = [analyse(block, REFERENCES, MARGIN) for block in read(folder).blocks]
+    results = read(folder, mixed=True)
+    analyses = [analyse(block, REFERENCES, MARGIN) for block in results.blocks]
     parts = [
         _under_way(analyses),
+        *_machines(results.differing),
         _scores(analyses),
         _costs(analyses),
         *_lost_seeds(analyses),
@@ -65,6 +72,27 @@ def _under_way(analyses: Sequence[Analysis]) -> str:
         "within a column are not separable. Learning curves, Pareto fronts, paired tests and what is recommended are "
         "in [the report](benchmarks/results/main/report/report.md); every answer of every run lies beside it."
     )
+
+
+def _machines(differing: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Where the runs were made, and what that changes."""
+    if set(differing) - {"processor", "platform"}:
+        raise SystemExit(f"{FOLDER}: runs differ in {', '.join(differing)}, and only machines were to differ")
+    if not differing:
+        return []
+    processors = " and ".join(f"{name} ({runs(count)})" for name, count in differing["processor"].items())
+    again = json.loads(REPEATED.read_text(encoding="utf-8"))
+    mean, most, spread = (
+        numbers.true_minus(f"{100 * again[name]:{how}.2f}")
+        for name, how in (("mean_difference", "+"), ("largest_difference", ""), ("spread_over_seeds", ""))
+    )
+    return [
+        fill(
+            f"Runs are of two processors, {processors}. {again['count']} of the one, made again on the other, score "
+            f"{mean} points on average and at most {most} apart, where seeds have a standard deviation of {spread} "
+            "([figures](benchmarks/results/repeated.json))."
+        )
+    ]
 
 
 def _scores(analyses: Sequence[Analysis]) -> str:

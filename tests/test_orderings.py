@@ -10,8 +10,11 @@ from scipy.stats import ttest_rel
 
 from benchmarks.made_results import Made, Method, write
 from benchmarks.orderings import ORDERINGS, Ordering, Verdict, at_least, far_behind, forgets_more, verdicts
+from benchmarks.repeated import compared
 from peftkit.bench.analysis import Analysis, analyse
 from peftkit.bench.results import read
+from peftkit.bench.store import Store
+from peftkit.errors import UsageError
 
 METHODS = (
     Method("full", 0.90, 22_000_000, 1e-4),
@@ -82,3 +85,31 @@ def test_a_rate_within_a_factor_of_two_of_ten_times(tmp_path: Path) -> None:
         found = [analyse(block, ("full",), 0.01) for block in read(tmp_path / str(at)).blocks]
         verdict.append(told(found, ORDERINGS[1])[0].word)
     assert verdict == ["disagrees", "agrees", "agrees", "disagrees"]
+
+
+def test_runs_made_again_on_another_machine_are_set_beside_the_first(tmp_path: Path) -> None:
+    write(tmp_path / "here", Made(methods=METHODS[:2]).runs())
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    finals = [one for one in here.records() if one.test and one.key.method == "lora"]
+    for record in finals[:3]:
+        assert record.test is not None
+        answers = here.answers(record.id)
+        first, *others = answers.predictions
+        there.add(
+            record.model_copy(
+                update={
+                    "environment": record.environment | {"processor": "another"},
+                    "test": record.test.model_copy(update={"value": record.test.value + 0.25}),
+                }
+            ),
+            answers.model_copy(update={"predictions": (f"not {first}", *others)}),
+        )
+    same = finals[3]
+    there.add(same, here.answers(same.id))  # on the same machine: says nothing
+    found = compared(here, there)
+    assert found["count"] == 3
+    assert found["mean_difference"] == pytest.approx(0.25)
+    assert found["largest_difference"] == pytest.approx(0.25)
+    assert found["answers_changed"] == pytest.approx(3 / sum(row["answers"] for row in found["runs"]))
+    with pytest.raises(UsageError, match="repeats no scored run"):
+        compared(here, here)
