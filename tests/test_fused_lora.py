@@ -116,13 +116,24 @@ def test_outputs_and_gradients_are_those_of_peft(cell: tuple[str, str]) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "some targets": {"target_modules": ["query", "value", "intermediate.dense"]},
+    "dora": {"use_dora": True},
+    "dora, ranks of their own": {"use_dora": True, "rank_pattern": {"query": 2}, "use_rslora": True},
     "ranks of their own": {"rank_pattern": {"query": 2, "value": 7}, "alpha_pattern": {"key": 11}},
 }
 
 
 @pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
-def test_scales_targets_and_ranks(lora: dict[str, Any]) -> None:
-    compared(adapted("bert", **lora), 1e-10)
+def test_scales_targets_ranks_and_magnitudes(lora: dict[str, Any]) -> None:
+    model = adapted("bert", **lora)
+    compared(model, 1e-10)
+    with calls_of_peft() as calls:
+        outcome(model, FUSED)
+    assert not calls
+
+
+def test_magnitudes_of_any_architecture_whose_layers_are_linear() -> None:
+    for cell in (("llama", CAUSAL), ("t5", SEQ2SEQ)):
+        compared(adapted(*cell, use_dora=True), 1e-10)
 
 
 def test_float32_differs_in_rounding_only() -> None:
@@ -224,7 +235,7 @@ def test_dropout_of_lora_has_the_mean_and_spread_of_pefts(engine: Engine) -> Non
 
 
 FALLBACKS: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
+    "dora with dropout": {"use_dora": True, "lora_dropout": 0.1},
     "a bias": {"lora_bias": True},
     "biases of the base": {"bias": "all"},
 }
@@ -368,10 +379,11 @@ def test_two_hundred_steps_go_as_they_go_with_peft() -> None:
         assert nn.functional.cosine_similarity(one, other, dim=0) > 0.99999
 
 
-def test_bfloat16_stays_as_near_to_float32_as_pefts_path() -> None:
+@pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
+def test_bfloat16_stays_as_near_to_float32_as_pefts_path(is_dora: bool) -> None:
     """Both round activations to 8 bits; the fused function also A, B and A x, of which peft holds 24."""
-    exact = outcome(adapted("bert", dtype=torch.float32), SLOW)
-    model = adapted("bert", dtype=torch.bfloat16)
+    exact = outcome(adapted("bert", dtype=torch.float32, use_dora=is_dora), SLOW)
+    model = adapted("bert", dtype=torch.bfloat16, use_dora=is_dora)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

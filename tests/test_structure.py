@@ -76,6 +76,7 @@ EARLY = {
     "peftkit.backbones.quantized_layers": "subclasses bitsandbytes' modules; imported when something is quantised",
     "peftkit.backbones.new_tokens": "subclasses nn.Module; imported when weights load or a task adds tokens",
     "peftkit.engine.compiled_dropout": "registers operations; imported when a training begins",
+    "peftkit.engine.dora": "computes without gradients; imported when a training of LoRA begins",
     "peftkit.engine.dropout": "subclasses autograd.Function; imported when a training begins",
     "peftkit.engine.lora": "subclasses autograd.Function; imported when a training begins",
     "peftkit.engine.lora_groups": "asks for peft's class of layers; imported when a training of LoRA begins",

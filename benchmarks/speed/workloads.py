@@ -13,6 +13,7 @@ CONFIGS = ROOT / "recipes" / "configs"
 METHODS = {
     "lora": ("method.rank=8", "method.alpha=16", "method.dropout=0.1"),
     "full": ("method={kind: full}", "backbone.dtype=float32", "training.learning_rate=1e-4"),
+    "dora": ("method={kind: lora, variant: dora, rank: 8, alpha: 16, targets: all}",),
     "adalora": ("method={kind: adalora, target_rank: 8}",),
     "bottleneck": ("method={kind: bottleneck, placement: pfeiffer, reduction_factor: 16}",),
     "prefix": ("method={kind: prefix, length: 20}",),
@@ -75,7 +76,7 @@ _DEV = ("task.data.test=null",)
 WORKLOADS = {
     one.name: one
     for one in (
-        Workload("sst2", "SST-2, MiniLM", "sst2_lora", 32, _DEV, methods=("adalora", "bottleneck", "prefix")),
+        Workload("sst2", "SST-2, MiniLM", "sst2_lora", 32, _DEV, methods=("dora", "adalora", "bottleneck", "prefix")),
         Workload("tweet_emotion", "TweetEval emotion, MiniLM", "tweet_emotion_lora", 32, _DEV),
         Workload("wnut17", "WNUT-17 entities, MiniLM", "wnut17_lora", 32, _DEV),
         Workload(

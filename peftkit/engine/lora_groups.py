@@ -1,7 +1,8 @@
 """peft's LoRA layers, computed together where they are given the same input.
 
-Only their `forward` is replaced, and only what is plain LoRA takes the way of `engine/lora.py`; whatever else a layer
-is asked for (merged, disabled, a variant, several adapters, a quantised base) is peft's to compute.
+Only their `forward` is replaced, and only what is plain LoRA, or DoRA without dropout, takes the way of
+`engine/lora.py`; whatever else a layer is asked for (merged, disabled, another variant, several adapters, a quantised
+base) is peft's to compute.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.backbones.layouts import Layout, in_blocks, roles_by_path
+from peftkit.engine.dora import Magnitude
 from peftkit.engine.dropout import Draw
 from peftkit.engine.lora import Projection, project
 
@@ -80,6 +84,7 @@ class _Group:
 
     def __init__(self, layers: Sequence[Linear], draw: Draw) -> None:
         self.layers, self._draw = layers, draw
+        self._magnitudes = {layer: Magnitude() for layer in layers}
         self._given: tuple[Any, ...] = ()
         self._outputs: dict[int, Tensor] = {}
 
@@ -120,16 +125,34 @@ class _Group:
         return self._given[0] is given[0] and self._given[1:] == given[1:]
 
     def _computed(self, layers: Sequence[Linear], inputs: Tensor, dropout: float) -> tuple[Tensor, ...]:
-        return project(inputs, [_projection(layer) for layer in layers], dropout, self._draw)
+        projections = [_projection(layer) for layer in layers]
+        outputs = project(inputs, projections, dropout, self._draw)
+        return tuple(map(self._finished, layers, projections, outputs))
+
+    def _finished(self, layer: Linear, projection: Projection, output: Tensor) -> Tensor:
+        """The output of a layer, of that of its projection."""
+        name = _active(layer)[0]
+        if name not in layer.lora_variant:
+            return output
+        dora: Any = layer.lora_magnitude_vector[name]
+        base: Any = layer.base_layer
+        low = (projection.down, projection.up, projection.scale)
+        return self._magnitudes[layer].scaled(output, dora.weight, base.weight, base.bias, low)
 
 
 def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
-    """The probability of dropout of a layer that computes plain LoRA in the dtype of its input; None for others."""
-    base, active = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
+    """The probability of dropout of a layer that computes plain LoRA, or DoRA without dropout, in the dtype of its
+    input; None for others."""
+    base, active = layer.base_layer, _active(layer)
     if layer.disable_adapters or layer.merged or len(active) != 1 or not layer.cast_input_dtype_enabled:
         return None
     name = active[0]
-    if name in layer.lora_variant or layer.lora_bias[name] or type(base) not in (nn.Linear, Conv1D):
+    variant = layer.lora_variant.get(name)
+    if (
+        layer.lora_bias[name]
+        or type(base) not in (nn.Linear, Conv1D)
+        or type(variant) not in (NoneType, DoraLinearVariant)
+    ):
         return None
     dropout: Any = layer.lora_dropout[name]
     parts = (base, layer.lora_A[name], layer.lora_B[name], dropout)
@@ -141,14 +164,20 @@ def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
     trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     if trains or torch.is_autocast_enabled(inputs.device.type):
         return None
-    if isinstance(dropout, nn.Identity):
-        return 0.0
-    return float(dropout.p) if dropout.training else 0.0
+    rate = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else float(dropout.p)
+    # with dropout, peft's DoRA gives W what is left of the input, too
+    return None if variant is not None and (rate or type(base) is Conv1D) else rate
 
 
 def _projection(layer: Linear) -> Projection:
-    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    name = _active(layer)[0]
     base: Any = layer.base_layer
     down: Any = layer.lora_A[name]
     up: Any = layer.lora_B[name]
-    return Projection(base.weight, base.bias, down.weight, up.weight, layer.scaling[name], isinstance(base, Conv1D))
+    # DoRA adds the bias to what it has scaled
+    bias = None if name in layer.lora_variant else base.bias
+    return Projection(base.weight, bias, down.weight, up.weight, layer.scaling[name], isinstance(base, Conv1D))
+
+
+def _active(layer: Linear) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]

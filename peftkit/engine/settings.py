@@ -18,7 +18,7 @@ class Engine(Section):
 
     fused_lora: bool = True
     """Compute LoRA's projections of one input together, with one copy of the input kept; what peft does otherwise
-    (DoRA and its other variants, adapters with a bias, several at once) stays with peft."""
+    (DoRA with dropout, other variants, adapters with a bias, several at once) stays with peft."""
     padding_free: bool = True
     """Compute the real tokens of a batch in one row; only attention pads, within groups of examples of similar length.
     Encoder-decoders and models that compute attention scores by themselves (DeBERTa, MPNet) stay padded."""
