@@ -62,7 +62,7 @@ def _differ(one: Record, other: Record) -> bool:
 def _row(published: Record, repeated: Record, first: Store, second: Store) -> dict[str, Any]:
     assert published.test is not None and repeated.test is not None
     answers = [store.answers(published.id).predictions for store in (first, second)]
-    changed = sum(one != other for one, other in zip(*answers, strict=True))
+    changed = sum(_said(one) != _said(other) for one, other in zip(*answers, strict=True))
     return {
         "id": published.id,
         "cell": " × ".join(published.key.cell),
@@ -72,6 +72,11 @@ def _row(published: Record, repeated: Record, first: Store, second: Store) -> di
         "answers": len(answers[0]),
         "answers_changed": changed,
     }
+
+
+def _said(prediction: Any) -> Any:
+    """A prediction without its probability, whose last digits are the machine's."""
+    return {**prediction, "probability": None} if isinstance(prediction, dict) else prediction
 
 
 def _spread(rows: list[dict[str, Any]]) -> float:

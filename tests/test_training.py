@@ -327,32 +327,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-@pytest.mark.parametrize("lies_across", [False, True], ids=["in one kernel", "a matrix that lies across in memory"])
-def test_adamw_is_torchs_parameter_by_parameter(lies_across: bool) -> None:
-    settings = TrainingSettings(learning_rate=0.01, weight_decay=0.1)
-    models = []
-    for optimizer_of in (
-        lambda model: make_optimizer(model, settings, HeadOnly()),
-        lambda model: torch.optim.AdamW(parameter_groups(model, settings, HeadOnly()), lr=0.01, foreach=False),
-    ):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 4, dtype=torch.float64)
-        if lies_across:
-            model.weight = torch.nn.Parameter(model.weight.detach().t())
-        optimizer = optimizer_of(model)
-        for step in range(5):
-            model.zero_grad()
-            model(torch.arange(8, dtype=torch.float64).view(2, 4) + step).square().sum().backward()
-            if lies_across:
-                assert model.weight.grad is not None
-                model.weight.grad = model.weight.grad.contiguous()
-            optimizer.step()
-        assert optimizer.defaults["fused"] is (None if lies_across or models else True)
-        models.append(model)
-    ours, theirs = (model.state_dict() for model in models)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 10}, {"warmup_ratio": 0.25}])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_learning_rates_follow_their_formula(name: str, warmup: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def arms_of(workload: Workload, held: str | None = None) -> list[Arm]:
     """The arms of a workload, in the order of the first round.
 
     Args:
-        held: the dtype in which its configuration held frozen weights where it was measured; default: here.
+        held: the dtype in which frozen weights were held where it was measured; default: here.
     """
     other = "float32" if (held or workload.held) == "bfloat16" else "bfloat16"
     arms = [

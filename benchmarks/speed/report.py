@@ -135,7 +135,7 @@ def _circumstances(kept: dict[str, Any]) -> list[str]:
     environment = kept["environment"]
     versions = ", ".join(f"{name} {found}" for name, found in environment["versions"].items())
     lines = [f"`{kept['command']}`: {environment['processor']}, {environment['threads']} threads; {versions}."]
-    lines += [f"The configuration of `{PEFTKIT.name}` holds frozen weights in {kept['held']} there."]
+    lines += [f"`{PEFTKIT.name}` has frozen weights in {kept['held']} there."]
     return lines + ([f"{kept['note']}."] if kept.get("note") else [])
 
 

@@ -172,7 +172,7 @@ def _memory(
     if buckets:
         parts["gradient buckets"] = buckets
     resting = libraries + weights + state + buckets
-    update = resting + gradients + _update_transient(run, trace, machine, shares) // shares
+    update = resting + gradients + _update_transient(run, trace, machine) // shares
     kept = activations if machine.kind == "cpu" and not tight else 0  # a heap does not shrink
     phases = {
         "loading": libraries + weights,
@@ -193,13 +193,10 @@ def _libraries(run: Run) -> int:
     return sum(LIBRARIES[name] for name in names)
 
 
-def _update_transient(run: Run, trace: Trace, machine: Machine, shares: int) -> int:
-    """Temporaries of an optimizer step: on GPUs torch's AdamW takes all parameters at once, on CPUs one kernel needs
-    none, and shares are taken one by one."""
+def _update_transient(run: Run, trace: Trace, machine: Machine) -> int:
+    """Temporaries of an optimizer step: on GPUs torch's AdamW takes all parameters at once, elsewhere one by one."""
     if run.training.optimizer == "adamw" and machine.kind == "gpu":
         return trace.trained
-    if run.training.optimizer in ("adamw", "paged_adamw") and machine.kind == "cpu" and shares == 1:
-        return 0
     return TEMPORARIES[run.training.optimizer] * 4 * trace.largest_trained
 
 

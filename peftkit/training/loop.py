@@ -175,9 +175,7 @@ class _Loop:
 
     def _accumulate(self, batch: Sequence[int], size: int) -> float:
         """Gradients of a global batch, over all processes; returns its mean loss."""
-        accelerator = self.accelerator
-        processes = accelerator.num_processes
-        parts = self._parts(batch, size)
+        accelerator, parts = self.accelerator, self._parts(batch, size)
         weight = supervision(self.run.task, self.data, batch, self.progress.step + 1)
         total = self.class_weights.new_zeros(())
         for part, number in itertools.product(parts, range(self.objective.passes)):
@@ -187,7 +185,7 @@ class _Loop:
                 if last:
                     self.pace.arrive()
                 # the average over processes that DDP takes is undone, so that gradients are sums over the batch
-                accelerator.backward(loss * (processes / weight) + (self._penalty() if last else 0.0))
+                accelerator.backward(loss * (accelerator.num_processes / weight) + (self._penalty() if last else 0.0))
             total += loss.detach()
         self.gradients.complete()
         mean = self.stop.summed(total) / weight
@@ -197,9 +195,8 @@ class _Loop:
         return mean
 
     def _parts(self, batch: Sequence[int], size: int) -> list[batches.MicroBatch]:
-        accelerator, tokens = self.accelerator, self.run.training.micro_batch_tokens
-        place = (accelerator.num_processes, accelerator.process_index)
-        return batches.micro_batches(batch, self.lengths, size, *place, tokens)
+        place = (self.accelerator.num_processes, self.accelerator.process_index)
+        return batches.micro_batches(batch, self.lengths, size, *place, self.run.training.micro_batch_tokens)
 
     def _looked_into(self, part: batches.MicroBatch) -> tuple[str, Callable[[], object]]:
         rows = ", ".join(self.data.train.where(index) for index in part.indices[:3])

@@ -31,7 +31,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, method: Method)
     if settings.optimizer == "adamw" or is_unpaged(settings.optimizer):
         from torch.optim import AdamW
 
-        return AdamW(groups, fused=_can_fuse(groups), **rate)
+        return AdamW(groups, **rate)
     if settings.optimizer == "sgd":
         from torch.optim import SGD
 
@@ -45,19 +45,6 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, method: Method)
 
     optimizer: Optimizer = (AdamW8bit if settings.optimizer == "adamw_8bit" else PagedAdamW32bit)(groups, **rate)
     return optimizer
-
-
-def _can_fuse(groups: list[dict[str, Any]]) -> bool | None:
-    """Whether one kernel may update all parameters; None where torch's own choice is as fast.
-
-    On CPUs torch goes through a dozen operations for each. Its kernel takes numbers as they lie in memory: a gradient
-    in another order would go to wrong ones. Autograd lays out those of contiguous parameters alike.
-    """
-    from torch.distributed.tensor import DTensor
-
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    alike = all(one.device.type == "cpu" and one.is_contiguous() and not isinstance(one, DTensor) for one in parameters)
-    return True if alike else None
 
 
 def is_unpaged(name: str) -> bool:
