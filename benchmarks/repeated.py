@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from peftkit.errors import UsageError
 
 HERE = Path(__file__).parent / "results"
 RESULT = HERE / "repeated.json"
+COMMAND = "python -m benchmarks.repeated FOLDER"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     found = compared(Store(HERE / "main"), Store(parser.parse_args().folder))
-    RESULT.write_text(json.dumps({"command": " ".join(sys.argv)} | found, indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text(json.dumps({"command": COMMAND} | found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in found.items() if name != "runs"}, indent=1))
 
 

@@ -229,14 +229,14 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_micro_batches_do_not_change_adversarial_training(fit: Callable[..., Any]) -> None:
-    options = {"adversarial": 1.0, "max_steps": 3, "keep_best": False}
+    # AdamW would move by the sign of what is little more than rounding
+    options = {"adversarial": 1.0, "max_steps": 3, "keep_best": False, "optimizer": "sgd"}
     (whole, one, _), (cut, other, _) = fit(**options), fit(**options, micro_batch_size=3)
-    plain, _, _ = fit(max_steps=3, keep_best=False)
+    plain, _, _ = fit(max_steps=3, keep_best=False, optimizer="sgd")
     assert whole.losses == pytest.approx(cut.losses, abs=1e-5)
     assert whole.losses[0] > plain.losses[0]  # the same model, and the loss at the perturbed inputs is greater
-    # AdamW moves by the sign of what is little more than rounding
     for name, value in trained(one).items():
-        torch.testing.assert_close(value, trained(other)[name], rtol=0, atol=3e-5)
+        torch.testing.assert_close(value, trained(other)[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("aid", [{"r_drop": 1.0}, {"adversarial": 0.5}])

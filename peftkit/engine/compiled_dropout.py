@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +53,15 @@ def _add_dropped(total: Tensor, values: Tensor, seed: Tensor, first: int) -> Non
 
 def _run(values: Tensor, to: Tensor, seed: Tensor, scale: float, first: int, adds: bool) -> None:
     word, drop = seed.tolist()
-    function = library("dropout", HALF=int(values.dtype == torch.bfloat16)).drop
-    function.argtypes = TYPES
-    threads = torch.get_num_threads()
+    threads, function = torch.get_num_threads(), _compiled(values.dtype == torch.bfloat16)
     function(values.data_ptr(), to.data_ptr(), first, values.numel(), word, drop, scale, adds, threads)
+
+
+@functools.cache
+def _compiled(is_half: bool) -> Any:
+    function = library("dropout", HALF=int(is_half)).drop
+    function.argtypes = TYPES
+    return function
 
 
 LIBRARY = torch.library.Library("peftkit", "FRAGMENT")
