@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, logits_of, tiny_config
+from architectures import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, logits_of, tiny_config, wider
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from peftkit.backbones.layouts import block_modules, layout_for
+from peftkit.backbones.quantization import FP4, NF4, Int8, Quantization
+from peftkit.backbones.quantize import dequantize, quantize
 from peftkit.backbones.targets import target_modules
 from peftkit.engine.compiled import why_not
 from peftkit.engine.dropout import drawn_seed, is_seed, keep_mask, masked
@@ -43,14 +46,27 @@ def _plain(architecture: str, model_class: str, **changes: Any) -> Any:
 
 
 def adapted(
-    architecture: str, model_class: str = SEQUENCE, dtype: Any = torch.float64, blocks: int = 2, **lora: Any
+    architecture: str,
+    model_class: str = SEQUENCE,
+    dtype: Any = torch.float64,
+    blocks: int = 2,
+    quantization: Quantization | None = None,
+    unpacked: bool = False,
+    **lora: Any,
 ) -> Any:
     """LoRA on all projections of the blocks, whose B is not zero; nothing drops but LoRA."""
-    changes = {} if blocks == 2 else {"num_hidden_layers": blocks}
-    plain = copy.deepcopy(_plain(architecture, model_class, **changes)).to(dtype)
+    changes: dict[str, Any] = {} if blocks == 2 else {"num_hidden_layers": blocks}
+    if quantization is not None:
+        changes |= wider(architecture)
+    plain = copy.deepcopy(_plain(architecture, model_class, **changes))
     layout = layout_for(architecture)
     targets = target_modules(plain, layout, "all")
-    transposed = architecture == "gpt2"
+    if quantization is not None:
+        quantize(plain, layout, quantization)
+    if unpacked:
+        dequantize(plain)
+    plain = plain.to(dtype)
+    transposed = architecture == "gpt2" and (unpacked or quantization is None)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": targets, "fan_in_fan_out": transposed} | lora
     model = get_peft_model(plain, LoraConfig(**settings), autocast_adapter_dtype=False)
     torch.manual_seed(3)
@@ -61,8 +77,8 @@ def adapted(
     return model.train()
 
 
-def layers_of(model: nn.Module) -> list[Linear]:
-    return [part for part in model.modules() if type(part) is Linear]
+def layers_of(model: nn.Module) -> list[Any]:
+    return [part for part in model.modules() if type(part) in (Linear, Linear4bit, Linear8bitLt)]
 
 
 def outcome(model: Any, engine: Engine) -> dict[str, Tensor]:
@@ -76,29 +92,32 @@ def outcome(model: Any, engine: Engine) -> dict[str, Tensor]:
     return found | {"logits": logits.detach()}
 
 
-def compared(model: nn.Module, tolerance: float) -> None:
-    slow, fused = outcome(model, SLOW), outcome(model, FUSED)
+def compared(model: nn.Module, tolerance: float, reference: nn.Module | None = None) -> None:
+    slow, fused = outcome(reference or model, SLOW), outcome(model, FUSED)
     assert slow.keys() == fused.keys()
     assert sum(".lora_" in name for name in slow) >= 2 * len(layers_of(model))
     for name, expected in slow.items():
         scale = float(expected.abs().max())
-        torch.testing.assert_close(fused[name], expected, rtol=tolerance, atol=tolerance * scale)
+        found = fused[name].to(expected.dtype)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @contextmanager
 def calls_of_peft() -> Iterator[list[int]]:
     """Counts how often peft computes a layer itself."""
-    calls, forward = [], Linear.forward
+    calls: list[int] = []
 
-    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return forward(layer, *args, **kwargs)
+    def counting(forward: Any) -> Any:
+        def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return forward(layer, *args, **kwargs)
 
-    Linear.forward = counted
-    try:
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (Linear, Linear4bit, Linear8bitLt):
+            patch.setattr(kind, "forward", counting(kind.forward))
         yield calls
-    finally:
-        Linear.forward = forward
 
 
 CELLS = [*((name, tasks[0]) for name, tasks in TASKS.items()), ("llama", CAUSAL), ("t5", SEQ2SEQ)]
@@ -111,6 +130,45 @@ def test_outputs_and_gradients_are_those_of_peft(cell: tuple[str, str]) -> None:
     with calls_of_peft() as calls:
         outcome(model, FUSED)
     assert not calls
+
+
+QUANTIZED = {
+    "NF4": (("bert", SEQUENCE), NF4(block_size=32, compute_dtype="float32")),
+    "NF4, gate and up": (("llama", CAUSAL), NF4(block_size=32, double=False, compute_dtype="float32")),
+    "FP4, transposed": (("gpt2", SEQUENCE), FP4(block_size=32, compute_dtype="float32")),
+    "int8": (("t5", SEQ2SEQ), Int8(compute_dtype="float32")),
+}
+
+
+@pytest.mark.parametrize(("cell", "quantization"), QUANTIZED.values(), ids=QUANTIZED)
+def test_packed_weights_are_unpacked_for_each_product(cell: tuple[str, str], quantization: Quantization) -> None:
+    """As plain layers with their values compute in float64; evaluations in between change nothing, and no unpacked
+    matrix is kept from the forward to the backward pass."""
+    model = adapted(*cell, dtype=torch.float32, quantization=quantization)
+    reference = adapted(*cell, quantization=quantization, unpacked=True)
+    compared(model, 1e-4, reference)
+    with torch.no_grad():
+        assert torch.isfinite(logits_of(model.eval(), cell[1])).all()
+    compared(model.train(), 1e-4, reference)
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: list[tuple[int, ...]] = []
+
+    def keep(one: Tensor) -> Tensor:
+        if one.data_ptr() not in held:
+            kept.append(tuple(one.shape))
+        return one
+
+    with calls_of_peft() as calls, torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        outcome(model, FUSED)
+    assert not calls
+    assert kept and not {(layer.out_features, layer.in_features) for layer in layers_of(model)} & set(kept)
+
+
+def test_products_in_another_dtype_than_the_input_stay_with_peft() -> None:
+    model = adapted("bert", dtype=torch.float32, quantization=NF4(block_size=32, compute_dtype="bfloat16"))
+    with calls_of_peft() as calls:
+        compared(model, 1e-5)
+    assert len(calls) == 2 * len(layers_of(model))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

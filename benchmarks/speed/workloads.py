@@ -10,8 +10,10 @@ from peftkit.backbones.precision import on_this_machine
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
+_LORA = ("method.rank=8", "method.alpha=16", "method.dropout=0.1")
 METHODS = {
-    "lora": ("method.rank=8", "method.alpha=16", "method.dropout=0.1"),
+    "lora": _LORA,
+    "qlora": (*_LORA, "backbone.quantization={kind: nf4}"),
     "full": ("method={kind: full}", "backbone.dtype=float32", "training.learning_rate=1e-4"),
     "dora": ("method={kind: lora, variant: dora, rank: 8, alpha: 16, targets: all}",),
     "adalora": ("method={kind: adalora, target_rank: 8}",),
@@ -86,7 +88,7 @@ WORKLOADS = {
         Workload("wnut17", "WNUT-17 entities, MiniLM", "wnut17_lora", 32, (*_DEV, _AUTO)),
         Workload(
             "gsm8k", "GSM8K, completions only, SmolLM2-135M", "gsm8k_lora", 16, (*_DEV, "task.generation=null"),
-            dtype="bfloat16", is_causal=True, methods=("adalora", "bottleneck", "prefix"),
+            dtype="bfloat16", is_causal=True, methods=("qlora", "adalora", "bottleneck", "prefix"),
         ),
         Workload(
             "reuters_r8", "Reuters R8, up to 512 tokens, MiniLM", "reuters_r8_lora", 16,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,19 @@ CACHED = 2**18
 """Elements of which a processor's own cache holds several in half precision."""
 
 
+class Packed(Protocol):
+    """A layer whose weight stands in few bits."""
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in)."""
+
+
 @dataclass(frozen=True)
 class Projection:
     """W x + b + scale · B A x, of which A (rank × in) and B (out × rank) train."""
 
-    weight: Tensor
+    weight: Tensor | Packed
+    """Unpacked for each product: no copy of it lives from the forward pass to the backward pass."""
     bias: Tensor | None
     down: Tensor
     """A."""
@@ -47,6 +55,7 @@ def project(
             LoRA paper (loralib's MergedLinear).
         draw: what draws that mask, or a seed for it.
     """
+    packed = [None if isinstance(one.weight, Tensor) else one.weight for one in projections]
     # views made inside could not be changed in place outside, as DeBERTa does
     outputs = _Project.apply(
         inputs.reshape(-1, inputs.shape[-1]),
@@ -54,7 +63,8 @@ def project(
         draw,
         [one.scale for one in projections],
         [one.transposed for one in projections],
-        *(one.weight for one in projections),
+        packed,
+        *(one.weight if isinstance(one.weight, Tensor) else None for one in projections),
         *(one.bias for one in projections),
         *(one.down for one in projections),
         *(one.up for one in projections),
@@ -71,6 +81,7 @@ class _Project(torch.autograd.Function):
         draw: Draw,
         scales: list[float],
         transposed: list[bool],
+        packed: list[Packed | None],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, downs, ups = _quarters(tensors)
@@ -83,12 +94,13 @@ class _Project(torch.autograd.Function):
         given = inputs if mask is None else masked(inputs, mask)
         hidden = linear(given, down)
         outputs = []
-        for weight, bias, up, low, is_transposed in zip(
-            weights, biases, ups, hidden.split(ranks, dim=1), transposed, strict=True
+        for weight, layer, bias, up, low, is_transposed in zip(
+            weights, packed, biases, ups, hidden.split(ranks, dim=1), transposed, strict=True
         ):
-            output = linear(inputs, weight.t() if is_transposed else weight, bias)
+            bias = None if bias is None else bias.to(dtype)
+            output = linear(inputs, _matrix(dtype, weight, layer, is_transposed), bias)
             outputs.append(output.addmm_(low, up.t()))
-        ctx.ranks, ctx.transposed = ranks, transposed
+        ctx.ranks, ctx.transposed, ctx.packed = ranks, transposed, packed
         ctx.dtypes = [one.dtype for one in tensors[2 * len(scales) :]]
         ctx.scales = [scale / (1 - dropout) for scale in scales]
         ctx.set_materialize_grads(False)
@@ -106,8 +118,9 @@ class _Project(torch.autograd.Function):
         total: Tensor | None = None
         lows: list[Tensor] = []
         up_gradients: list[Tensor | None] = []
-        for gradient, weight, up, low, scale, is_transposed, needs in zip(
-            gradients, weights, ups, hidden.split(ctx.ranks, dim=1), ctx.scales, ctx.transposed, needs_up, strict=True
+        frozen = zip(weights, ctx.packed, ctx.transposed, strict=True)
+        for gradient, matrix, up, low, scale, needs in zip(
+            gradients, frozen, ups, hidden.split(ctx.ranks, dim=1), ctx.scales, needs_up, strict=True
         ):
             if gradient is None:
                 lows.append(torch.zeros_like(low))
@@ -117,7 +130,7 @@ class _Project(torch.autograd.Function):
             # the wide factor last: in the other order the product takes several times as long
             up_gradients.append((low.t() @ gradient).t() * scale if needs else None)
             if needs_input:
-                weight = weight.t() if is_transposed else weight
+                weight = _matrix(gradient.dtype, *matrix)
                 total = gradient @ weight if total is None else total.addmm_(gradient, weight)
         gathered = torch.cat(lows, dim=1)
         down_gradients: list[Tensor | None] = [None] * count
@@ -126,7 +139,7 @@ class _Project(torch.autograd.Function):
         if total is not None:
             total = total.addmm_(gathered, down) if mask is None else _add_masked(total, gathered, down, mask)
         trained = zip([*down_gradients, *up_gradients], ctx.dtypes, strict=True)
-        return (total, *[None] * (4 + 2 * count), *(_own(one, dtype) for one, dtype in trained))
+        return (total, *[None] * (5 + 2 * count), *(_own(one, dtype) for one, dtype in trained))
 
 
 def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tensor:
@@ -140,6 +153,14 @@ def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tenso
         else:
             total[rows].addcmul_(low[rows] @ down, mask[rows].to(total.dtype))
     return total
+
+
+def _matrix(dtype: torch.dtype, weight: Any, layer: Packed | None, is_transposed: bool) -> Tensor:
+    """W (out, in)."""
+    if layer is not None:
+        return layer.unpacked(dtype)
+    found: Tensor = weight.t() if is_transposed else weight
+    return found
 
 
 def _quarters(tensors: Sequence[Any]) -> tuple[list[Any], ...]:

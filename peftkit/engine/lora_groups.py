@@ -1,8 +1,8 @@
 """peft's LoRA layers, computed together where they are given the same input.
 
 Only their `forward` is replaced, and only what is plain LoRA, or DoRA without dropout, takes the way of
-`engine/lora.py`; whatever else a layer is asked for (merged, disabled, another variant, several adapters, a quantised
-base) is peft's to compute.
+`engine/lora.py`; whatever else a layer is asked for (merged, disabled, another variant, several adapters) is peft's to
+compute.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.backbones.layouts import Layout, in_blocks, roles_by_path
+from peftkit.backbones.quantized_layers import EightBitLinear, FourBitLinear
 from peftkit.engine.dora import Magnitude
 from peftkit.engine.dropout import Draw
 from peftkit.engine.lora import Projection, project
+
+Layer = Linear | Linear4bit | Linear8bitLt
+PACKED = (FourBitLinear, EightBitLinear)
 
 
 @contextlib.contextmanager
@@ -51,15 +56,16 @@ def fused_lora(model: nn.Module, layout: Layout, draw: Draw) -> Iterator[None]:
             del layer.forward
 
 
-def lora_groups(model: nn.Module, layout: Layout) -> list[tuple[str, list[Linear]]]:
+def lora_groups(model: nn.Module, layout: Layout) -> list[tuple[str, list[Layer]]]:
     """The LoRA layers that are given the same input, with the name of the module that they are children of.
 
     They are queries, keys and values, gate and up; in cross attention, keys and values.
     """
     roles, inside = roles_by_path([layout]), in_blocks(layout)
-    groups: dict[tuple[str, str], list[Linear]] = {}
+    groups: dict[tuple[str, str], list[Layer]] = {}
+    layer: Any
     for name, layer in model.named_modules():
-        if type(layer) is not Linear:
+        if type(layer) not in get_args(Layer):
             continue
         match, parent = inside.search(name), name.rpartition(".")[0]
         path = match["path"] if match else ""
@@ -82,7 +88,7 @@ def _input_of(path: str, layout: Layout, roles: dict[str, tuple[str, ...]]) -> s
 class _Group:
     """Layers of one parent. The first that is called computes all, and the others find their outputs here."""
 
-    def __init__(self, layers: Sequence[Linear], draw: Draw) -> None:
+    def __init__(self, layers: Sequence[Layer], draw: Draw) -> None:
         self.layers, self._draw = layers, draw
         self._magnitudes = {layer: Magnitude() for layer in layers}
         self._given: tuple[Any, ...] = ()
@@ -93,7 +99,8 @@ class _Group:
         layer = self.layers[index]
         dropout = _plain_dropout(layer, inputs) if not args and not kwargs else None
         if dropout is None:
-            output: Tensor = Linear.forward(layer, inputs, *args, **kwargs)
+            original: Any = type(layer).forward
+            output: Tensor = original(layer, inputs, *args, **kwargs)
             return output
         given = (inputs, inputs._version, torch.is_grad_enabled())
         if self._outputs:
@@ -124,12 +131,12 @@ class _Group:
     def _is_given(self, given: tuple[Any, ...]) -> bool:
         return self._given[0] is given[0] and self._given[1:] == given[1:]
 
-    def _computed(self, layers: Sequence[Linear], inputs: Tensor, dropout: float) -> tuple[Tensor, ...]:
+    def _computed(self, layers: Sequence[Layer], inputs: Tensor, dropout: float) -> tuple[Tensor, ...]:
         projections = [_projection(layer) for layer in layers]
         outputs = project(inputs, projections, dropout, self._draw)
         return tuple(map(self._finished, layers, projections, outputs))
 
-    def _finished(self, layer: Linear, projection: Projection, output: Tensor) -> Tensor:
+    def _finished(self, layer: Layer, projection: Projection, output: Tensor) -> Tensor:
         """The output of a layer, of that of its projection."""
         name = _active(layer)[0]
         if name not in layer.lora_variant:
@@ -140,7 +147,7 @@ class _Group:
         return self._magnitudes[layer].scaled(output, dora.weight, base.weight, base.bias, low)
 
 
-def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
+def _plain_dropout(layer: Layer, inputs: Tensor) -> float | None:
     """The probability of dropout of a layer that computes plain LoRA, or DoRA without dropout, in the dtype of its
     input; None for others."""
     base, active = layer.base_layer, _active(layer)
@@ -150,7 +157,7 @@ def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
     variant = layer.lora_variant.get(name)
     if (
         layer.lora_bias[name]
-        or type(base) not in (nn.Linear, Conv1D)
+        or type(base) not in (nn.Linear, Conv1D, *PACKED)
         or type(variant) not in (NoneType, DoraLinearVariant)
     ):
         return None
@@ -159,25 +166,32 @@ def _plain_dropout(layer: Linear, inputs: Tensor) -> float | None:
     if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
     # sums over tokens, of scaled gradients at that, would leave the range of float16
-    if inputs.dtype == torch.float16 or base.weight.dtype != inputs.dtype:
+    if inputs.dtype == torch.float16 or _multiplies_in(base) not in (inputs.dtype, None):
         return None
     trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     if trains or torch.is_autocast_enabled(inputs.device.type):
         return None
     rate = 0.0 if isinstance(dropout, nn.Identity) or not dropout.training else float(dropout.p)
     # with dropout, peft's DoRA gives W what is left of the input, too
-    return None if variant is not None and (rate or type(base) is Conv1D) else rate
+    return None if variant is not None and (rate or type(base) is not nn.Linear) else rate
 
 
-def _projection(layer: Linear) -> Projection:
+def _multiplies_in(base: Any) -> torch.dtype | None:
+    """The dtype of a frozen layer's products; None for that of whatever it is given."""
+    found: torch.dtype | None = base.compute_dtype if type(base) in PACKED else base.weight.dtype
+    return found
+
+
+def _projection(layer: Layer) -> Projection:
     name = _active(layer)[0]
     base: Any = layer.base_layer
     down: Any = layer.lora_A[name]
     up: Any = layer.lora_B[name]
     # DoRA adds the bias to what it has scaled
     bias = None if name in layer.lora_variant else base.bias
-    return Projection(base.weight, bias, down.weight, up.weight, layer.scaling[name], isinstance(base, Conv1D))
+    weight = base if type(base) in PACKED else base.weight
+    return Projection(weight, bias, down.weight, up.weight, layer.scaling[name], isinstance(base, Conv1D))
 
 
-def _active(layer: Linear) -> list[str]:
+def _active(layer: Layer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
