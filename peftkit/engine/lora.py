@@ -55,7 +55,6 @@ def project(
             LoRA paper (loralib's MergedLinear).
         draw: what draws that mask, or a seed for it.
     """
-    packed = [None if isinstance(one.weight, Tensor) else one.weight for one in projections]
     # views made inside could not be changed in place outside, as DeBERTa does
     outputs = _Project.apply(
         inputs.reshape(-1, inputs.shape[-1]),
@@ -63,8 +62,7 @@ def project(
         draw,
         [one.scale for one in projections],
         [one.transposed for one in projections],
-        packed,
-        *(one.weight if isinstance(one.weight, Tensor) else None for one in projections),
+        *(one.weight for one in projections),
         *(one.bias for one in projections),
         *(one.down for one in projections),
         *(one.up for one in projections),
@@ -81,7 +79,6 @@ class _Project(torch.autograd.Function):
         draw: Draw,
         scales: list[float],
         transposed: list[bool],
-        packed: list[Packed | None],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, downs, ups = _quarters(tensors)
@@ -94,17 +91,18 @@ class _Project(torch.autograd.Function):
         given = inputs if mask is None else masked(inputs, mask)
         hidden = linear(given, down)
         outputs = []
-        for weight, layer, bias, up, low, is_transposed in zip(
-            weights, packed, biases, ups, hidden.split(ranks, dim=1), transposed, strict=True
+        for weight, bias, up, low, is_transposed in zip(
+            weights, biases, ups, hidden.split(ranks, dim=1), transposed, strict=True
         ):
             bias = None if bias is None else bias.to(dtype)
-            output = linear(inputs, _matrix(dtype, weight, layer, is_transposed), bias)
+            output = linear(inputs, _matrix(weight, is_transposed, dtype), bias)
             outputs.append(output.addmm_(low, up.t()))
-        ctx.ranks, ctx.transposed, ctx.packed = ranks, transposed, packed
+        ctx.ranks, ctx.transposed = ranks, transposed
+        ctx.packed = [None if isinstance(weight, Tensor) else weight for weight in weights]
         ctx.dtypes = [one.dtype for one in tensors[2 * len(scales) :]]
         ctx.scales = [scale / (1 - dropout) for scale in scales]
         ctx.set_materialize_grads(False)
-        frozen = weights if ctx.needs_input_grad[0] else [None] * len(weights)
+        frozen = [weight if ctx.needs_input_grad[0] and isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(given, mask, hidden, down, *frozen, *ups)
         return tuple(outputs)
 
@@ -113,14 +111,14 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         count, needs_input = len(gradients), ctx.needs_input_grad[0]
         given, mask, hidden, down, *others = ctx.saved_tensors
-        weights, ups = others[:count], others[count:]
+        weights = [own if layer is None else layer for own, layer in zip(others[:count], ctx.packed, strict=True)]
+        ups = others[count:]
         needs_down, needs_up = ctx.needs_input_grad[-2 * count : -count], ctx.needs_input_grad[-count:]
         total: Tensor | None = None
         lows: list[Tensor] = []
         up_gradients: list[Tensor | None] = []
-        frozen = zip(weights, ctx.packed, ctx.transposed, strict=True)
-        for gradient, matrix, up, low, scale, needs in zip(
-            gradients, frozen, ups, hidden.split(ctx.ranks, dim=1), ctx.scales, needs_up, strict=True
+        for gradient, weight, up, low, scale, is_transposed, needs in zip(
+            gradients, weights, ups, hidden.split(ctx.ranks, dim=1), ctx.scales, ctx.transposed, needs_up, strict=True
         ):
             if gradient is None:
                 lows.append(torch.zeros_like(low))
@@ -130,7 +128,7 @@ class _Project(torch.autograd.Function):
             # the wide factor last: in the other order the product takes several times as long
             up_gradients.append((low.t() @ gradient).t() * scale if needs else None)
             if needs_input:
-                weight = _matrix(gradient.dtype, *matrix)
+                weight = _matrix(weight, is_transposed, gradient.dtype)
                 total = gradient @ weight if total is None else total.addmm_(gradient, weight)
         gathered = torch.cat(lows, dim=1)
         down_gradients: list[Tensor | None] = [None] * count
@@ -139,7 +137,7 @@ class _Project(torch.autograd.Function):
         if total is not None:
             total = total.addmm_(gathered, down) if mask is None else _add_masked(total, gathered, down, mask)
         trained = zip([*down_gradients, *up_gradients], ctx.dtypes, strict=True)
-        return (total, *[None] * (5 + 2 * count), *(_own(one, dtype) for one, dtype in trained))
+        return (total, *[None] * (4 + 2 * count), *(_own(one, dtype) for one, dtype in trained))
 
 
 def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tensor:
@@ -155,12 +153,11 @@ def _add_masked(total: Tensor, low: Tensor, down: Tensor, mask: Tensor) -> Tenso
     return total
 
 
-def _matrix(dtype: torch.dtype, weight: Any, layer: Packed | None, is_transposed: bool) -> Tensor:
+def _matrix(weight: Tensor | Packed, is_transposed: bool, dtype: torch.dtype) -> Tensor:
     """W (out, in)."""
-    if layer is not None:
-        return layer.unpacked(dtype)
-    found: Tensor = weight.t() if is_transposed else weight
-    return found
+    if not isinstance(weight, Tensor):
+        return weight.unpacked(dtype)
+    return weight.t() if is_transposed else weight
 
 
 def _quarters(tensors: Sequence[Any]) -> tuple[list[Any], ...]:

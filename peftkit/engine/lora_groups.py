@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.backbones.layouts import Layout, in_blocks, roles_by_path
-from peftkit.backbones.quantized_layers import EightBitLinear, FourBitLinear
+from peftkit.backbones.quantize import is_quantized
 from peftkit.engine.dora import Magnitude
 from peftkit.engine.dropout import Draw
 from peftkit.engine.lora import Projection, project
 
 Layer = Linear | Linear4bit | Linear8bitLt
-PACKED = (FourBitLinear, EightBitLinear)
 
 
 @contextlib.contextmanager
@@ -157,7 +156,7 @@ def _plain_dropout(layer: Layer, inputs: Tensor) -> float | None:
     variant = layer.lora_variant.get(name)
     if (
         layer.lora_bias[name]
-        or type(base) not in (nn.Linear, Conv1D, *PACKED)
+        or not (type(base) in (nn.Linear, Conv1D) or is_quantized(base))
         or type(variant) not in (NoneType, DoraLinearVariant)
     ):
         return None
@@ -178,7 +177,7 @@ def _plain_dropout(layer: Layer, inputs: Tensor) -> float | None:
 
 def _multiplies_in(base: Any) -> torch.dtype | None:
     """The dtype of a frozen layer's products; None for that of whatever it is given."""
-    found: torch.dtype | None = base.compute_dtype if type(base) in PACKED else base.weight.dtype
+    found: torch.dtype | None = base.compute_dtype if is_quantized(base) else base.weight.dtype
     return found
 
 
@@ -189,7 +188,7 @@ def _projection(layer: Layer) -> Projection:
     up: Any = layer.lora_B[name]
     # DoRA adds the bias to what it has scaled
     bias = None if name in layer.lora_variant else base.bias
-    weight = base if type(base) in PACKED else base.weight
+    weight = base if is_quantized(base) else base.weight
     return Projection(weight, bias, down.weight, up.weight, layer.scaling[name], isinstance(base, Conv1D))
 
 
